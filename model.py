@@ -1,0 +1,352 @@
+"""A GPT-2 style, character-level language model, from scratch. Read it downward.
+
+The architecture is GPT-2's (Radford et al., 2019, section 2.3): the decoder of "Attention Is All You Need"
+(Vaswani et al., 2017, here [V]) with the norms in front. Two things differ from GPT-2: the positions are the
+fixed sinusoids of [V], not learned, and the output layer has weights of its own.
+Sizes: B batch, T time (characters), C channels (n_embd), H heads, D = C / H head dimension, V vocabulary.
+"""
+
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The sizes of a model. Raises ValueError for impossible ones."""
+
+    vocab_size: int
+    context_length: int = 128
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, size in list(asdict(self).items())[:-1]:
+            if type(size) is not int or not 1 <= size <= (2**16 if name == "context_length" else 2**21):
+                raise ValueError(f"{name} is {size!r}: not a whole number of a possible size")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but must be from 0 up to, not including, 1")
+
+
+class CharTokenizer:
+    """The vocabulary: the different characters of a text, sorted. A character's place in it is its id."""
+
+    def __init__(self, characters: str) -> None:
+        if type(characters) is not str or list(characters) != sorted(set(characters)):
+            raise ValueError("a vocabulary must be different characters in sorted order")
+        self.characters, self.vocab_size = characters, len(characters)
+        small, large = self.vocab_size <= 2**8, self.vocab_size > 2**15
+        self.dtype = torch.uint8 if small else torch.int32 if large else torch.int16
+        self.id_of = torch.full((0x110000,), -1, dtype=torch.int32)  # by Unicode number; -1 is unknown
+        self.id_of[[*map(ord, characters)]] = torch.arange(self.vocab_size, dtype=torch.int32)
+
+    @staticmethod
+    def code_points(text: str) -> Iterator[Tensor]:
+        """The Unicode numbers of the characters, in pieces that stay in the processor's cache."""
+        for start in range(0, len(text), 2**20):
+            utf32 = text[start : start + 2**20].encode("utf-32", "surrogatepass")
+            yield torch.frombuffer(bytearray(utf32), dtype=torch.int32)[1:].long()  # [0] is a byte order mark
+
+    @classmethod
+    def from_text(cls, text: str | Iterable[str]) -> "CharTokenizer":
+        """The vocabulary of a text, given whole or in parts."""
+        seen = torch.zeros(0x110000, dtype=torch.bool)
+        for part in [text] if isinstance(text, str) else text:
+            for codes in cls.code_points(part):
+                seen |= codes.bincount(minlength=len(seen)) > 0
+        return cls("".join(map(chr, seen.nonzero().flatten().tolist())))
+
+    def encode(self, text: str) -> Tensor:
+        """The ids, `(len(text),)`, in the smallest type that fits. ValueError names an unknown character."""
+        ids = [torch.empty(0, dtype=self.dtype)]
+        for codes in self.code_points(text):
+            found = self.id_of.take(codes)
+            if found.min() < 0:
+                unknown = chr(int(codes[found < 0][0]))
+                raise ValueError(f"the character {unknown!r} (U+{ord(unknown):04X}) is not in the vocabulary")
+            ids.append(found.to(self.dtype))
+        return torch.cat(ids)
+
+    def decode(self, ids: Tensor | list[int]) -> str:
+        """The text of ids, `(T,)`; the inverse of `encode`."""
+        return "".join([self.characters[i] for i in (ids.tolist() if isinstance(ids, Tensor) else ids)])
+
+
+def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
+    """The fixed table of positions, `(T, C)`: PE(t, 2i) = sin(t / 10000^(2i/C)), PE(t, 2i+1) = cos(same).
+
+    Each pair of channels is a clock hand, slower than the pair before ([V] section 3.5). An odd C works too.
+    """
+    position = torch.arange(context_length, dtype=torch.float64)[:, None]  # (T, 1)
+    frequency = 10000.0 ** (-torch.arange(0, n_embd, 2, dtype=torch.float64) / n_embd)  # (C / 2,)
+    angle = position * frequency  # (T, C / 2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :n_embd].float()  # (T, C)
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b. With few rows x, as in generation, the time goes into reading W, on one core.
+
+    As a batch of flat matrices, one for each core, W comes as fast as memory gives it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(..., in_features)` to `(..., out_features)`."""
+        rows = x.numel() // self.in_features
+        if torch.is_grad_enabled() or rows > 16 or x.device.type != "cpu" or self.weight.numel() < 2**17:
+            return super().forward(x)
+        slices = math.gcd(self.out_features, torch.get_num_threads())
+        weight = self.weight.view(slices, -1, self.in_features)  # (slices, out / slices, in)
+        columns = x.reshape(rows, -1).t().expand(slices, -1, -1)  # (slices, in, rows)
+        y = torch.bmm(weight, columns).view(-1, rows).t() + self.bias  # (rows, out)
+        return y.view(*x.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with the causal mask, [V] section 3.2.1. It has no parameters.
+
+    Attention(Q, K, V) = softmax(Q K^T / sqrt(D)) V, with nothing taken from later characters.
+    """
+
+    def explicit(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The formula step by step: what `forward` gives, `(B, H, T, D)`, and the weights, `(B, H, T, T)`.
+
+        Row t of the weights says how much character t takes from each one up to itself; it sums to 1.
+        """
+        T, D = q.shape[-2:]
+        scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)  # (T, T)
+        weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, H, T, T)
+        return weights @ v, weights
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        """The same as one fused kernel, `(B, H, T, D)` in and out. A single query may attend to all keys."""
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(-2) > 1)
+
+
+class KVCache:
+    """The keys and values of what one block has read, `(2, B, H, context_length, D)`, written in place."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device) -> None:
+        shape = (2, batch_size, config.n_head, config.context_length, config.n_embd // config.n_head)
+        self.kv, self.length = torch.empty(shape, device=device), 0
+
+    def append(self, kv: Tensor) -> Tensor:
+        """Adds new characters' keys and values, `(2, B, H, T, D)`; returns those of all so far."""
+        start, self.length = self.length, self.length + kv.size(3)
+        self.kv[:, :, :, start : self.length] = kv
+        return self.kv[:, :, :, : self.length]
+
+
+class MultiHeadAttention(nn.Module):
+    """H attentions side by side, each on D channels of its own, [V] section 3.2.2."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values: one matrix product
+        self.attention, self.dropout = Attention(), config.dropout
+        self.output = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Lets each character gather from those up to it, `(B, T, C)` in and out."""
+        B, T, C = x.shape
+        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, kv = heads.permute(2, 0, 3, 1, 4).split([1, 2])  # (1, B, H, T, D) and (2, B, H, T, D)
+        k, v = kv if cache is None else cache.append(kv)
+        x = self.attention(q[0], k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        return self.output(x.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, four times as wide between, on each character alone, [V] section 3.3."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.expand = Linear(config.n_embd, 4 * config.n_embd)
+        self.contract = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transforms each character's vector, `(B, T, C)` in and out, with GELU in GPT-2's tanh form."""
+        return self.contract(F.gelu(self.expand(x), approximate="tanh"))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then feed-forward: each behind a norm, each added to what came in."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.n_embd)
+        self.attention = MultiHeadAttention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.n_embd)
+        self.feed_forward = FeedForward(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Refines each character's vector, `(B, T, C)` in and out."""
+        x = x + F.dropout(self.attention(self.attention_norm(x), cache), self.dropout, self.training)
+        return x + F.dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
+
+
+def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Draws the next character of each row, `(B,)`, from logits, `(B, V)`; `u`, `(B,)` in [0, 1), decides.
+
+    Logits are divided by the temperature; 0 takes the likeliest. Only the `top_k` likeliest count, and of
+    those only the likeliest that together reach `top_p` (Holtzman et al., 2020).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V), the likeliest first
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_k is not None:
+        probs[:, top_k:] = 0
+    if top_p is not None and top_p < 1:
+        before = probs.cumsum(dim=-1) - probs  # what the likelier ones reach already
+        probs.masked_fill_(before >= top_p * probs.sum(dim=-1, keepdim=True), 0)
+    line = probs.cumsum(dim=-1)  # (B, V): laid end to end, the probabilities make a line
+    point = u[:, None] * line[:, -1:]  # (B, 1): a point of it, before its end
+    return ids.gather(1, torch.searchsorted(line, point, right=True))[:, 0]
+
+
+class GPT(nn.Module):
+    """The model: embeddings, blocks, a final norm and a linear layer to the vocabulary."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        table = sinusoidal_encoding(config.context_length, config.n_embd)  # (T, C)
+        self.register_buffer("positions", table, persistent=False)
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        self.final_norm = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif name == "token_embedding.weight":
+                nn.init.normal_(p)  # as large as the sinusoids, so that neither drowns the other
+            elif p.dim() == 2:  # as GPT-2: less where the blocks add to x, of which there are 2 n_layer
+                adds = name.endswith(("output.weight", "contract.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02)
+
+    def hidden(self, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """The vectors, `(B, T, C)`, of characters, `(B, T)`, that follow those in the caches, if any."""
+        start = caches[0].length if caches else 0
+        end = start + ids.size(1)
+        if end > self.config.context_length:
+            raise ValueError(f"{end} characters do not fit the context of {self.config.context_length}")
+        x = self.token_embedding(ids) + self.positions[start:end]  # (B, T, C): what it is and where it stands
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            x = block(x, caches[i] if caches else None)  # (B, T, C)
+        return self.final_norm(x)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The logits, `(B, T, V)`, of what follows each of ids, `(B, T)`; with targets the loss in nats."""
+        logits = self.lm_head(self.hidden(ids))  # (B, T, V)
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continues texts, ids `(B, T)` with T from 1: yields new ids, `(B,)`, as they are drawn by `sample`.
+
+        When the context is full, its newer half is read again and the older forgotten, so that the cost of a
+        character does not grow. The generator seeds each row's noise: no row depends on those beside it.
+        """
+        context_length = self.config.context_length
+        seeds = torch.randint(2**62, (ids.size(0),), generator=generator).tolist()
+        rows = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise = torch.stack(rows, dim=1).to(ids.device)  # (max_new_tokens, B)
+        caches = [KVCache(self.config, ids.size(0), ids.device) for _ in self.blocks]
+        unread = ids[:, -context_length:]  # (B, T): the prompt is read at once
+        window = list(unread.unbind(dim=1))  # what the model sees, T x (B,)
+        for step in range(max_new_tokens):
+            logits = self.lm_head(self.hidden(unread, caches)[:, -1])  # (B, V)
+            new = sample(logits, noise[step], temperature, top_k, top_p)  # (B,)
+            yield new
+            window.append(new)
+            unread = new[:, None]  # (B, 1): the caches know the rest
+            if len(window) > context_length:
+                window = window[-((context_length + 1) // 2) :]
+                unread = torch.stack(window, dim=1)  # (B, T / 2)
+                for cache in caches:
+                    cache.length = 0
+
+
+def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **facts: Any) -> None:
+    """Writes all that generation needs, and facts such as the step. Raises OSError; the old file stays then.
+
+    The name holds a whole file at every moment: written beside, flushed, moved into place.
+    """
+    others = {"config": asdict(model.config), "vocabulary": tokenizer.characters, "facts": facts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY) if os.name == "posix" else None  # Windows opens no folders
+    if folder is not None:
+        import fcntl
+
+        fcntl.flock(folder, fcntl.LOCK_EX)  # of two runs, one writes after the other
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            torch.save({"weights": model.state_dict(), **others}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        if folder is not None:
+            os.fsync(folder)
+    finally:
+        beside.unlink(missing_ok=True)
+        if folder is not None:
+            os.close(folder)
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, CharTokenizer, dict[str, Any]]:
+    """Reads what `save_model` wrote: the model, ready to generate, its tokenizer and the facts.
+
+    Runs no code of the file and takes no more memory than its size. Raises OSError, or ValueError if it is no
+    model of this kind or damaged.
+    """
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch does not look at the checksums
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it unpacks to more than its size")
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            config, tokenizer = GPTConfig(**content["config"]), CharTokenizer(content["vocabulary"])
+            weights, facts = content["weights"], dict(content["facts"])
+            if tokenizer.vocab_size != config.vocab_size or len(weights) != 12 * config.n_layer + 4:
+                raise ValueError("its parts do not fit each other")
+            with torch.device("meta"):  # shapes without memory: the file's tensors become the weights
+                model = GPT(config)
+            model.load_state_dict(weights, assign=True)
+            if any(p.dtype != torch.float32 or not p.is_contiguous() for p in model.parameters()):
+                raise ValueError("its weights are not plain 32-bit numbers")
+        except Exception as error:  # what damage makes the readers raise has no end
+            raise ValueError(
+                f"{path} is damaged or no model: {' '.join(str(error).split())[:100]}"
+            ) from error
+    model.positions = sinusoidal_encoding(config.context_length, config.n_embd)
+    return model.to(device).eval(), tokenizer, facts
