@@ -1,8 +1,12 @@
+import io
 import os
 import random
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,14 +17,20 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 SENTENCE = "the ship a star we went far into night and light of old moons 'Come!' she said; slowly."
-SIZES = "--context-length 16 --n-layer 2 --n-head 2 --n-embd 16 --batch-size 4 --steps 6 --eval-interval 3"
+SIZES = ["--context-length=16", "--n-layer=2", "--n-head=2", "--n-embd=16", "--batch-size=4"]
+SIZES += ["--steps=6", "--eval-interval=3"]
+
+
+def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    stream.flush()
+    return stream
 
 
 class Workshop:
     """A copy of the scripts in a folder of its own, used as a user does: by commands."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self.cwd = folder
         for name in ("model.py", "train.py", "inference.py", "show_params.py"):
             shutil.copy(ROOT / name, folder)
         (folder / "data").mkdir()
@@ -36,17 +46,33 @@ class Workshop:
         script, *flags = map(str, words)
         return [sys.executable, str(self.folder / script), *flags]
 
-    def run(self, *words: object, status: int = 0, **options) -> subprocess.CompletedProcess:
-        """Runs a script to its end and holds it to its exit status; a failure is one line."""
-        options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 120, **options}
-        done = subprocess.run(self.command(*words), **options)
-        assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    def run(self, *words: object, status: int = 0) -> subprocess.CompletedProcess:
+        """Runs a script to its end, in this process to be quick, and holds it to its exit status."""
+        script, *flags = map(str, words)
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+        handlers = {
+            number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
+        }
+        code: object = 0
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", [script, *flags])
+            patch.chdir(self.cwd)
+            try:
+                runpy.run_path(str(self.folder / script), run_name="__main__")
+            except SystemExit as end:
+                code = end.code
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        printed, said = (stream.detach().getvalue().decode() for stream in map(flushed, (out, err)))
+        if isinstance(code, str):
+            code, said = 1, said + code + "\n"
+        assert (code or 0) == status, f"{words}: {code}\n{printed}\n{said}"
         if status in (1, 2):
-            assert [line[:7] for line in done.stderr.splitlines()] == ["error: "], done.stderr
-        return done
+            assert [line[:7] for line in said.splitlines()] == ["error: "], said
+        return subprocess.CompletedProcess(words, status, printed, said)
 
-    def train(self, *flags: object, **options) -> subprocess.CompletedProcess:
-        return self.run("train.py", "--no-aim", *SIZES.split(), *flags, **options)
+    def train(self, *flags: object, status: int = 0) -> subprocess.CompletedProcess:
+        return self.run("train.py", "--no-aim", *SIZES, *flags, status=status)
 
 
 @pytest.fixture

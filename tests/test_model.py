@@ -273,7 +273,7 @@ def test_sampled_frequencies_are_the_models_probabilities():
 def brute_force(
     logits: list[float], u: float, temperature: float, top_k: int | None, top_p: float | None
 ) -> int:
-    """The rule in words: of the likeliest k, those before which less than p has been reached; u of what they hold."""
+    """The rule in words: of the k likeliest those before which less than p is reached, and u of those."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or len(logits)]
     weights = [math.exp(logits[i] / temperature) for i in order]
     shares = [w / sum(weights) for w in weights]

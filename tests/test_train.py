@@ -1,0 +1,455 @@
+import dataclasses
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIZES
+
+from model import load_model
+from train import Muon, Run, Settings, fixed_windows, learning_rate, load_text, make_optimizers, split
+
+LINE = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4}) \((\d+\.\d\d) bits/char\)")
+
+
+def settings_of(workshop, **changes) -> Settings:
+    sizes = {"context_length": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 12, "steps": 8}
+    files = {"data": workshop.folder / "data/scifi.txt", "model": workshop.model}
+    return Settings(**{**files, **sizes, "eval_interval": 3, "eval_windows": 5, "device": "cpu", **changes})
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_model(path)[0].state_dict()
+
+
+def assert_same_weights(path: Path, other: Path) -> None:
+    for (name, a), b in zip(weights(path).items(), weights(other).values(), strict=True):
+        assert torch.equal(a, b), f"{name}: {(a - b).abs().max()}"
+
+
+# Text
+
+
+@pytest.mark.parametrize("text", ["a\r\nb\rc\n", "Ж中🪐 e\u0301\n", "\ufeff\ufeffa", "中" * 700_000 + "🪐"])
+def test_a_text_is_read_as_it_is_but_for_a_first_byte_order_mark(tmp_path, text):
+    path = tmp_path / "t.txt"
+    path.write_bytes(text.encode())
+    ids, tokenizer, _ = load_text(path)
+    assert tokenizer.decode(ids) == text.removeprefix("\ufeff")
+
+
+@pytest.mark.parametrize("before", [b"", b"abc", "中".encode() * 400_000, b"a" * 2**20])
+@pytest.mark.parametrize("bad", [b"\xff", b"\xe4\xb8", b"\xc0\x80", b"caf\xe9 "])
+def test_what_is_not_utf8_is_refused_with_its_first_bad_byte(tmp_path, before, bad):
+    path = tmp_path / "t.txt"
+    path.write_bytes(before + bad)
+    with pytest.raises(UnicodeDecodeError) as oracle:
+        path.read_bytes().decode()
+    position = oracle.value.start
+    with pytest.raises(ValueError, match=f"{path.read_bytes()[position]:#04x} at position {position}"):
+        load_text(path)
+
+
+def test_texts_have_the_same_digest_only_if_they_are_the_same(tmp_path):
+    digests = set()
+    for name, text in {"a": "one", "b": "one", "c": "eno"}.items():
+        (tmp_path / name).write_text(text)
+        digests.add(load_text(tmp_path / name)[2])
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_tail_is_held_out_and_too_short_a_text_is_refused_with_both_lengths(workshop, share):
+    settings = settings_of(workshop, val_fraction=share)
+    needed = None
+    for length in range(0, 400):
+        ids = torch.arange(length)
+        try:
+            learn, held_out = split(ids, settings)
+        except ValueError as error:
+            found, needed = map(int, re.findall(r"(\d+) characters.*at least (\d+)", str(error))[0])
+            assert found == length
+            continue
+        assert torch.equal(torch.cat([learn, held_out]), ids)
+        assert min(len(learn), len(held_out)) > settings.context_length
+        assert len(held_out) == round(length * share)
+    split(torch.arange(needed), settings)
+
+
+def test_the_windows_of_an_evaluation_lie_apart_and_hold_the_next_character(workshop):
+    settings = settings_of(workshop)
+    for length in (17, 18, 33, 80, 81, 82, 500):
+        rows = fixed_windows(torch.arange(length), settings)
+        assert rows.shape == (min(5, (length - 1) // 16), 17)
+        starts = rows[:, 0].tolist()
+        assert all(b - a >= 16 for a, b in pairwise(starts))
+        assert all(row == [*range(row[0], row[0] + 17)] for row in rows.tolist())
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (64, 16), (16, 64), (5, 7)])
+def test_muon_moves_a_matrix_alike_in_all_directions(shape):
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.zeros(shape))
+    matrix.grad = torch.randn(shape)
+    Muon([matrix], weight_decay=0.0, lr=1.0).step()
+    parts = matrix.detach().chunk(3 if shape[0] == 3 * shape[1] else 1)
+    for part, gradient in zip(parts, matrix.grad.chunk(len(parts)), strict=True):
+        moved = -part / (0.2 * math.sqrt(max(part.shape)))
+        singular = torch.linalg.svdvals(moved)
+        assert singular.min() > 0.3 and singular.max() < 1.3
+        u, _, v = torch.linalg.svd(gradient, full_matrices=False)
+        assert torch.nn.functional.cosine_similarity(moved.flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+def test_muon_treats_matrices_together_as_it_would_one_by_one():
+    torch.manual_seed(0)
+    together = [torch.nn.Parameter(torch.randn(8, 24)) for _ in range(3)] + [
+        torch.nn.Parameter(torch.randn(24, 8))
+    ]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [Muon(together, 0.1), *[Muon([p], 0.1) for p in alone]]
+    for _ in range(3):
+        for a, b in zip(together, alone, strict=True):
+            a.grad = b.grad = torch.randn_like(a)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_each_parameter_has_one_optimizer_and_only_the_blocks_matrices_decay(workshop, optimizer):
+    run = Run(settings_of(workshop, optimizer=optimizer, weight_decay=0.1))
+    groups = [group for o in make_optimizers(run.model, run.settings) for group in o.param_groups]
+    owned = [id(p) for group in groups for p in group["params"]]
+    assert sorted(owned) == sorted(map(id, run.model.parameters()))
+    decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in run.model.named_parameters() if id(p) in decaying}
+    assert names == {n for n, p in run.model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    settings = Settings(steps=100, warmup_steps=10)
+    rates = [learning_rate(step, settings) for step in range(101)]
+    assert rates[-1] == 0 and max(rates) <= settings.learning_rate
+    assert all(a < b for a, b in pairwise(rates[:11]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
+
+
+# Runs
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(workshop):
+    runs = [Run(settings_of(workshop, accumulate=parts)) for parts in (1, 3, 12)]
+    for _ in range(4):
+        losses, norms = zip(*[run.take_step() for run in runs], strict=True)
+        torch.testing.assert_close(torch.stack(losses), losses[0].expand(3), atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.stack(norms), norms[0].expand(3), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_resumed_again_and_again_equals_one_that_was_not_interrupted(workshop, optimizer, precision):
+    settings = settings_of(workshop, optimizer=optimizer, precision=precision, dropout=0.2)
+    whole = Run(settings)
+    while whole.step < 7:
+        whole.take_step()
+    for stop in (2, 3, 7):
+        part = Run(dataclasses.replace(settings, resume=stop > 2))
+        while part.step < stop:
+            part.take_step()
+        part.save()
+    saved = weights(part.checkpoint)
+    assert all(torch.equal(saved[name], p) for name, p in whole.model.state_dict().items())
+
+
+def test_another_seed_is_another_run(workshop):
+    a, b, c = (Run(settings_of(workshop, seed=seed)).take_step()[0] for seed in (1, 1, 2**40 + 1))
+    assert a == b != c
+
+
+def test_the_evaluation_is_the_mean_over_the_fixed_windows_and_leaves_no_trace(workshop):
+    run = Run(settings_of(workshop, dropout=0.3, batch_size=3))
+    run.model.train()
+    found = run.evaluate()
+    assert run.model.training and run.evaluate() == found
+    run.model.eval()
+    for name, rows in run.looks.items():
+        losses = [run.model(row[None, :-1], row[None, 1:])[1].item() for row in rows]
+        assert found[name] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_layer": 1}, {"n_embd": 32}, {"context_length": 8}, {"optimizer": "adamw"}, {"dropout": 0.5}],
+)
+def test_resuming_with_what_is_fixed_for_a_run_changed_is_refused_by_name(workshop, change):
+    Run(settings_of(workshop)).save()
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Run(settings_of(workshop, resume=True, **change))
+
+
+def test_resuming_on_another_text_is_refused_and_other_steps_are_not(workshop):
+    Run(settings_of(workshop)).save()
+    Run(settings_of(workshop, resume=True, steps=20, eval_interval=1, learning_rate=0.1))
+    (workshop.folder / "data/scifi.txt").write_text(workshop.text[::-1])
+    with pytest.raises(ValueError, match="text"):
+        Run(settings_of(workshop, resume=True))
+
+
+# The program
+
+
+def test_a_run_prints_its_losses_and_saves_the_best_model(workshop):
+    done = workshop.train("--steps", 40, "--eval-interval", 10)
+    steps, train_losses, val_losses, bits = zip(
+        *[map(float, LINE.fullmatch(x).groups()) for x in done.stdout.splitlines()], strict=True
+    )
+    assert steps == (0, 10, 20, 30, 40)
+    assert train_losses[-1] < train_losses[0] - 0.5
+    assert all(abs(nats / math.log(2) - b) < 0.006 for nats, b in zip(val_losses, bits, strict=True))
+    _, tokenizer, facts = load_model(workshop.model)
+    assert facts == {
+        "step": 10 * val_losses.index(min(val_losses)),
+        "val_loss": pytest.approx(min(val_losses), abs=1e-4),
+    }
+    assert tokenizer.characters == "".join(sorted(set(workshop.text)))
+    assert "char/s" in done.stderr and "loss=" in done.stderr
+    assert sorted(p.name for p in workshop.model.parent.iterdir()) == [
+        "model-scifi.pth",
+        "model-scifi.train.pth",
+    ]
+
+
+def test_two_runs_print_the_same(workshop):
+    assert workshop.train("--dropout", 0.1).stdout == workshop.train("--dropout", 0.1).stdout
+
+
+def test_without_books_it_learns_the_sample_and_names_the_commands(workshop, tmp_path):
+    (workshop.folder / "data/scifi.txt").rename(workshop.folder / "data/sample.txt")
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    workshop.cwd = elsewhere
+    done = workshop.train()
+    assert "python bin/download.py" in done.stderr and "bash bin/concatenate.sh" in done.stderr
+    assert workshop.model.exists() and not any(elsewhere.iterdir())
+
+
+def test_chinese_with_thousands_of_characters_is_learned(workshop):
+    novel = workshop.folder / "data/小说 'a'.txt"
+    novel.write_text("".join(chr(0x4E00 + i * i % 8000) for i in range(9000)), encoding="utf-8")
+    workshop.train("--data", novel, "--model", workshop.folder / "models/小.pth")
+    done = workshop.run(
+        "inference.py", "--model", workshop.folder / "models/小.pth", "--prompt", "一丁", "--seed", 1
+    )
+    assert len(done.stdout) == 503 and set(done.stdout) - {"\n"} < set(novel.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(workshop, number, status):
+    flags = [
+        "--no-aim",
+        "--batch-size",
+        4,
+        "--context-length",
+        16,
+        "--n-embd",
+        16,
+        "--n-head",
+        2,
+        "--steps",
+        3000,
+        "--eval-interval",
+        20,
+    ]
+    process = subprocess.Popen(
+        workshop.command("train.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    lines = [process.stdout.readline() for _ in range(3)]
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status and "--resume" in err and "Traceback" not in err
+    stopped = load_model(workshop.checkpoint)[2]["step"]
+    assert LINE.match(lines[-1]).group(1) == "40" and stopped >= 40
+    resumed = workshop.run("train.py", *flags, "--resume", "--steps", stopped + 20)
+    assert int(LINE.match(resumed.stdout).group(1)) > stopped
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_end(workshop):
+    flags = ["--steps", 60, "--eval-interval", 5, "--dropout", 0.1]
+    undisturbed = workshop.folder / "models/undisturbed.pth"
+    workshop.train(*flags, "--model", undisturbed)
+    for delay in (0.0, 0.13, 0.29):
+        command = workshop.command("train.py", "--no-aim", *SIZES, *flags, "--resume")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        for path in (workshop.model, workshop.checkpoint):
+            assert not path.exists() or load_model(path)
+    workshop.train(*flags, "--resume")
+    assert_same_weights(workshop.checkpoint, undisturbed.with_suffix(".train.pth"))
+    assert_same_weights(workshop.model, undisturbed)
+
+
+def test_without_a_checkpoint_resuming_starts_anew_and_says_so(workshop):
+    assert "starting anew" in workshop.train("--resume").stderr
+
+
+def test_a_diverged_run_stops_and_leaves_the_best_model(workshop):
+    workshop.train()
+    before = workshop.model.read_bytes(), workshop.checkpoint.read_bytes()
+    flags = ["--optimizer", "adamw", "--learning-rate", 1e9, "--steps", 50, "--eval-interval", 50]
+    with pytest.raises(AssertionError, match=r"error: the loss of step \d+ is .*--learning-rate"):
+        workshop.train(*flags)
+    assert (workshop.model.read_bytes(), workshop.checkpoint.read_bytes()) == before
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_several_processes_learn_as_one(workshop, processes):
+    flags = ["--no-aim", *SIZES, "--batch-size", "12", "--model", str(workshop.folder / "models/many.pth")]
+    alone = workshop.run("train.py", *flags).stdout
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    together = subprocess.run(
+        [*torchrun, *workshop.command("train.py", *flags)[1:]],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert together.returncode == 0, together.stderr
+    numbers = [[float(x) for x in re.findall(r"\d+\.\d+", text)] for text in (alone, together.stdout)]
+    assert len(numbers[0]) == 9 and numbers[1] == pytest.approx(numbers[0], abs=2e-3)
+
+
+# Aim
+
+
+def train_with_aim(workshop, *flags) -> subprocess.CompletedProcess:
+    command = workshop.command("train.py", *SIZES, *flags)
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=workshop.folder)
+
+
+def test_a_broken_aim_is_said_in_a_line_and_training_runs_the_same(workshop):
+    (workshop.folder / "aim.py").write_text("raise RuntimeError('broken')")
+    done = train_with_aim(workshop)
+    assert "losses are not tracked with aim: broken" in done.stderr
+    assert done.stdout == workshop.train().stdout
+
+
+@pytest.mark.filterwarnings("ignore")  # aim's own
+def test_aim_gets_all_there_is_to_see_and_a_resumed_run_goes_on_in_it(workshop):
+    from aim import Repo
+    from aim.storage.context import Context
+
+    lines = train_with_aim(workshop).stdout + train_with_aim(workshop, "--resume", "--steps=12").stdout
+    aim = [str(Path(sys.executable).with_name("aim")), "storage", "--repo", str(workshop.folder)]
+    subprocess.run([*aim, "reindex"], input=b"y", capture_output=True, check=True)  # as aim up does
+    (run,) = Repo(str(workshop.folder)).iter_runs()
+    metrics = {(metric.name, metric.context.to_dict().get("subset")): metric for metric in run.metrics()}
+    alone = {(name, None) for name in ("learning_rate", "gradient_norm", "characters_per_second")}
+    both = {(name, subset) for name in ("loss", "bits_per_character") for subset in ("train", "val")}
+    assert set(metrics) == alone | both
+    printed = [tuple(map(float, LINE.fullmatch(line).groups())) for line in lines.splitlines()]
+    for column, subset in ((1, "train"), (2, "val")):
+        steps, (losses, *_) = metrics["loss", subset].data.numpy()
+        tracked = sorted(zip(steps.tolist(), losses.tolist(), strict=True))
+        assert [step for step, _ in tracked] == [0, 3, 6, 9, 12]
+        assert [loss for _, loss in tracked] == pytest.approx([line[column] for line in printed], abs=1e-4)
+    assert run["hparams"]["n_embd"] == 16 and run["text"]["vocabulary"] == len(set(workshop.text))
+    passages = run.get_text_sequence("passage", Context({})).data.numpy()[1][0]
+    assert [len(text.data) for text in passages] == [301] * 5
+    (positions,) = run.get_image_sequence("positions", Context({})).data.numpy()[1][0]
+    assert positions.size == (384, 384)  # 16 positions by 16 channels, enlarged
+    for block in range(2):
+        pictures = run.get_image_sequence("attention", Context({"block": block})).data.numpy()[1][0]
+        assert len(pictures) >= 2
+        for picture in pictures:  # a square for each of 2 heads
+            pixels = torch.tensor([*picture.to_pil_image().resize((32, 16), 0).tobytes()]).view(16, 2, 16)
+            for head in pixels.unbind(1):
+                assert torch.equal(head, head.tril()) and head[0, 0] == 255
+
+
+# Mistakes
+
+WRONG = [
+    ["--steps", "0"],
+    ["--steps", "many"],
+    ["--steps", "1.5"],
+    ["--batch-size", "-1"],
+    ["--batch-size", ""],
+    ["--context-length", "0"],
+    ["--context-length", "1e3"],
+    ["--n-layer", "0"],
+    ["--n-head", "-2"],
+    ["--n-embd", "99999999999"],
+    ["--dropout", "1"],
+    ["--dropout", "nan"],
+    ["--learning-rate", "inf"],
+    ["--learning-rate", "-1"],
+    ["--grad-clip", "0"],
+    ["--warmup-steps", "-1"],
+    ["--weight-decay", "-1"],
+    ["--val-fraction", "0"],
+    ["--val-fraction", "1"],
+    ["--eval-interval", "0"],
+    ["--eval-windows", "0"],
+    ["--seed", "-1"],
+    ["--accumulate", "0"],
+    ["--device", "toaster"],
+    ["--device", "cuda:99"],
+    ["--precision", "fp7"],
+    ["--optimizer", "sgd"],
+    ["--nonsense"],
+    ["stray"],
+]
+
+
+@pytest.mark.parametrize("flags", WRONG, ids=" ".join)
+def test_a_wrong_flag_is_one_line_and_status_2(capsys, monkeypatch, flags):
+    import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        train.parse()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and flags[0].lstrip("-") in line.replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "says"),
+    [
+        (b"", [], "0 characters"),
+        (b"a", [], "1 characters"),
+        (b"short text", [], "10 characters"),
+        (b"ab \xff" * 500, [], "0xff at position 3"),
+        (None, ["--data", "missing.txt"], "missing.txt"),
+        (None, ["--data", "."], "directory"),
+        (None, ["--n-head", "3"], "n_head"),
+        (None, ["--batch-size", "5", "--accumulate", "2"], "--batch-size 5"),
+        (None, ["--model", "train.py/m.pth"], "train.py"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_line_and_status_1(workshop, text, flags, says):
+    if text is not None:
+        (workshop.folder / "data/scifi.txt").write_bytes(text)
+    assert says in workshop.train(*flags, status=1).stderr
+    assert not any(workshop.model.parent.iterdir())
