@@ -114,10 +114,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Scaled dot-product attention with the causal mask, [V] section 3.2.1. It has no parameters.
-
-    Attention(Q, K, V) = softmax(Q K^T / sqrt(D)) V, with nothing taken from later characters.
-    """
+    """softmax(Q K^T / sqrt(D)) V, with nothing taken from later characters, [V] section 3.2.1."""
 
     def explicit(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The formula step by step: what `forward` gives, `(B, H, T, D)`, and the weights, `(B, H, T, T)`.
@@ -345,8 +342,6 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Cha
             if any(p.dtype != torch.float32 or not p.is_contiguous() for p in model.parameters()):
                 raise ValueError("its weights are not plain 32-bit numbers")
         except Exception as error:  # what damage makes the readers raise has no end
-            raise ValueError(
-                f"{path} is damaged or no model: {' '.join(str(error).split())[:100]}"
-            ) from error
+            raise ValueError(f"{path} is damaged or no model: {str(error)[:100]!r}") from error
     model.positions = sinusoidal_encoding(config.context_length, config.n_embd)
     return model.to(device).eval(), tokenizer, facts

@@ -101,16 +101,11 @@ def split(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     return ids[:-tail], ids[-tail:]
 
 
-def windows(ids: Tensor, starts: Tensor, context_length: int) -> Tensor:
-    """The windows that begin at starts, `(B,)`, each with the character after it: `(B, T + 1)`."""
-    return ids[starts[:, None] + torch.arange(context_length + 1)].long()
-
-
 def fixed_windows(ids: Tensor, settings: Settings) -> Tensor:
     """The windows of each evaluation, evenly spread, none over another: `(N, T + 1)`."""
-    room = (len(ids) - 1) // settings.context_length
-    places = torch.linspace(0, room - 1, min(room, settings.eval_windows), dtype=torch.float64).long()
-    return windows(ids, places * settings.context_length, settings.context_length)
+    side_by_side = ids.unfold(0, settings.context_length + 1, settings.context_length)
+    last, count = len(side_by_side) - 1, min(len(side_by_side), settings.eval_windows)
+    return side_by_side[torch.linspace(0, last, count, dtype=torch.float64).long()].long()
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -121,8 +116,8 @@ def mixed_seed(*numbers: int) -> int:
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are made orthogonal: a matrix moves in all directions alike (Jordan, 2024).
 
-    torch.optim.Muon computes in bfloat16, which takes a CPU without it 40 times as long as the matrix's own
-    type; and here queries, keys and values, one matrix in the model, count as three.
+    torch.optim.Muon works in bfloat16, matrix by matrix, which takes a CPU without it 40 times as long as
+    this: matrices of a shape together, in their own type. Queries, keys and values count as three.
     """
 
     def __init__(
@@ -134,6 +129,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Moves the matrices once."""
         for group in self.param_groups:
+            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for matrix in group["params"]:
                 if not self.state[matrix]:
                     self.state[matrix]["average"] = torch.zeros_like(matrix)
@@ -141,16 +137,19 @@ class Muon(torch.optim.Optimizer):
                 update = matrix.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 count = 3 if matrix.size(0) == 3 * matrix.size(1) else 1
-                for part, x in zip(matrix.chunk(count), update.chunk(count), strict=True):
-                    tall = x.size(0) > x.size(1)  # turned, its products are smaller
-                    x = (x.mT if tall else x) / (x.norm() + 1e-7)
-                    for _ in range(
-                        5
-                    ):  # Newton-Schulz, with Jordan's coefficients: all singular values near 1
-                        gram = x @ x.mT
-                        x = 3.4445 * x + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
-                    size = 0.2 * math.sqrt(max(x.shape))  # as large as an update of AdamW (Liu et al., 2025)
-                    part.sub_(x.mT if tall else x, alpha=size * group["lr"])
+                for pair in zip(matrix.chunk(count), update.chunk(count), strict=True):
+                    part, x = pair if pair[0].size(0) <= pair[0].size(1) else (pair[0].mT, pair[1].mT)  # wide
+                    alike.setdefault(x.shape, []).append((part, x))
+            for shape, pairs in alike.items():
+                x = torch.stack([x for _, x in pairs])  # (N, rows, columns)
+                x /= x.norm(dim=(1, 2), keepdim=True) + 1e-7
+                for _ in range(5):  # Newton-Schulz, with Jordan's coefficients: all singular values near 1
+                    gram = x @ x.mT
+                    gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+                    x = torch.baddbmm(x, gram, x, beta=3.4445)
+                size = 0.2 * math.sqrt(shape[1])  # as large as an update of AdamW (Liu et al., 2025)
+                for (part, _), change in zip(pairs, x, strict=True):
+                    part.sub_(change, alpha=size * group["lr"])
 
 
 def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimizer]:
@@ -196,8 +195,9 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")  # TF32
         ids, self.tokenizer, digest = load_text(settings.data)
-        self.learn, held_out = split(ids, settings)
-        self.looks = {"train": fixed_windows(self.learn, settings), "val": fixed_windows(held_out, settings)}
+        learn, held_out = split(ids, settings)
+        self.windows = learn.unfold(0, settings.context_length + 1, 1)  # (all, T + 1), without a copy
+        self.looks = {"train": fixed_windows(learn, settings), "val": fixed_windows(held_out, settings)}
         sizes = {name: getattr(settings, name) for name in ("context_length", "n_layer", "n_head", "n_embd")}
         config = GPTConfig(self.tokenizer.vocab_size, **sizes, dropout=settings.dropout)
         self.fixed = {**asdict(config), "optimizer": settings.optimizer, "text": digest}
@@ -241,10 +241,10 @@ class Run:
         """
         settings = self.settings
         torch.manual_seed(mixed_seed(settings.seed, self.step))
-        starts = torch.randint(len(self.learn) - settings.context_length, (settings.batch_size,))
+        starts = torch.randint(len(self.windows), (settings.batch_size,))
         if self.world > 1:  # each process takes its slice of the same batch, with its own dropout
             torch.manual_seed(mixed_seed(settings.seed, self.step, self.rank))
-        rows = windows(self.learn, starts.chunk(self.world)[self.rank], settings.context_length)
+        rows = self.windows[starts.chunk(self.world)[self.rank]].long()
         rows = rows.pin_memory() if self.device.type == "cuda" else rows
         parts = rows.to(self.device, non_blocking=True).chunk(settings.accumulate)  # each (B, T + 1)
         losses = []
@@ -295,10 +295,11 @@ class Tracker:
             quiet = {"system_tracking_interval": None, "capture_terminal_logs": False}
             self.aim = aim.Run(run.aim_hash, repo=str(ROOT), experiment="gpt", **quiet)
             self.aim.name = f"{settings.data.stem} {settings.n_layer}x{settings.n_embd} {settings.optimizer}"
+            facts = {"parameters": sum(p.numel() for p in run.model.parameters()), "text": settings.data.name}
+            facts |= {"characters": len(run.windows), "vocabulary": run.tokenizer.vocab_size}
+            facts |= {"torch": str(torch.__version__), "device": str(run.device)}
             plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
-            self.aim["hparams"] = plain
-            self.aim["text"] = {"characters": len(run.learn), "vocabulary": run.tokenizer.vocab_size}
-            self.aim["torch"], self.aim["device"] = str(torch.__version__), str(run.device)
+            self.aim["hparams"], self.aim["run"] = plain, facts
             run.aim_hash = self.aim.hash
         except Exception as error:  # training does not depend on aim, whatever is wrong with it
             self.aim = None
@@ -338,15 +339,12 @@ class Tracker:
         model.train()
 
     def picture(self, name: str, values: Tensor, caption: str, **context: int) -> None:
-        """Adds a picture of values from 0, black, to 1, white, `(rows, columns)`."""
+        """Adds a picture of values from 0, black, to 1, white, `(rows, columns)`, enlarged to be seen."""
         from aim import Image
-        from PIL import Image as Pillow
 
-        shades = bytes((values * 255).byte().flatten().tolist())
-        picture = Pillow.frombytes("L", (values.size(1), values.size(0)), shades)
-        zoom = math.ceil(384 / picture.height)
-        picture = picture.resize((picture.width * zoom, picture.height * zoom), Pillow.Resampling.NEAREST)
-        self.aim.track(Image(picture, caption=caption), name=name, step=self.run.step, context=context)
+        zoom = math.ceil(384 / len(values))
+        pixels = values.kron(torch.ones(zoom, zoom, device=values.device))
+        self.aim.track(Image(pixels, caption=caption), name=name, step=self.run.step, context=context)
 
 
 def agree(value: int) -> int:
@@ -377,9 +375,9 @@ def train(run: Run) -> int:
         while not done:
             ended_by = agree(max(caught, default=0))
             done = ended_by > 0 or run.step >= settings.steps
-            due = (
+            due = run.step > resumed and (
                 run.step % settings.eval_interval == 0 or run.step == settings.steps
-            ) and run.step > resumed
+            )
             if losses and (drawn or due or done):  # to look at the losses is to wait for the device
                 values = torch.stack(losses).tolist()
                 for step, value in enumerate(values, run.step - len(values)):
@@ -393,10 +391,7 @@ def train(run: Run) -> int:
                 val = f"val loss {loss['val']:.4f} ({loss['val'] / math.log(2):.2f} bits/char)"
                 with bar.external_write_mode():
                     print(f"step {run.step}: train loss {loss['train']:.4f}, {val}", flush=True)
-                rate = learning_rate(run.step, settings)
-                tracker.track(
-                    loss, learning_rate=rate, gradient_norm=norm.item(), characters_per_second=speed
-                )
+                tracker.track(loss, gradient_norm=norm.item(), characters_per_second=speed)
             if first and (due or done) and run.step > resumed:
                 run.save()
                 since, clock = run.step, time.perf_counter()

@@ -373,7 +373,7 @@ def test_aim_gets_all_there_is_to_see_and_a_resumed_run_goes_on_in_it(workshop):
         tracked = sorted(zip(steps.tolist(), losses.tolist(), strict=True))
         assert [step for step, _ in tracked] == [0, 3, 6, 9, 12]
         assert [loss for _, loss in tracked] == pytest.approx([line[column] for line in printed], abs=1e-4)
-    assert run["hparams"]["n_embd"] == 16 and run["text"]["vocabulary"] == len(set(workshop.text))
+    assert run["hparams"]["n_embd"] == 16 and run["run"]["vocabulary"] == len(set(workshop.text))
     passages = run.get_text_sequence("passage", Context({})).data.numpy()[1][0]
     assert [len(text.data) for text in passages] == [301] * 5
     (positions,) = run.get_image_sequence("positions", Context({})).data.numpy()[1][0]
