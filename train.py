@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,7 +41,7 @@ class Settings:
     data: Path = setting(ROOT / "data/scifi.txt", "the text to learn, UTF-8")
     model: Path = setting(ROOT / "models/model-scifi.pth", "the file for the best model")
     resume: bool = setting(False, "go on from the last checkpoint beside the model")
-    steps: int = setting(1200, "steps of the optimizer", 1)
+    steps: int = setting(1300, "steps of the optimizer", 1)
     batch_size: int = setting(24, "windows of text in a step", 1)
     accumulate: int = setting(1, "parts that a batch is computed in, one after the other, to save memory", 1)
     context_length: int = setting(128, "characters in a window", 1, 2**16)
@@ -301,9 +301,13 @@ class Tracker:
             plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
             self.aim["hparams"], self.aim["run"] = plain, facts
             run.aim_hash = self.aim.hash
-        except Exception as error:  # training does not depend on aim, whatever is wrong with it
-            self.aim = None
-            print(f"losses are not tracked with aim: {' '.join(str(error).split())}", file=sys.stderr)
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        """Goes on without aim: training does not depend on it, whatever is wrong with it."""
+        self.aim = None
+        tqdm.write(f"losses are not tracked with aim: {' '.join(str(error).split())}", file=sys.stderr)
 
     def track(self, loss: dict[str, float], **numbers: float) -> None:
         """Adds an evaluation: losses, told apart by their context, numbers, a passage, at times pictures."""
@@ -391,7 +395,10 @@ def train(run: Run) -> int:
                 val = f"val loss {loss['val']:.4f} ({loss['val'] / math.log(2):.2f} bits/char)"
                 with bar.external_write_mode():
                     print(f"step {run.step}: train loss {loss['train']:.4f}, {val}", flush=True)
-                tracker.track(loss, gradient_norm=norm.item(), characters_per_second=speed)
+                try:
+                    tracker.track(loss, gradient_norm=norm.item(), characters_per_second=speed)
+                except Exception as error:
+                    tracker.give_up(error)
             if first and (due or done) and run.step > resumed:
                 run.save()
                 since, clock = run.step, time.perf_counter()
@@ -400,7 +407,8 @@ def train(run: Run) -> int:
                 losses.append(loss)
                 drawn = bar.update(chars)
     if first and tracker.aim:
-        tracker.aim.close()
+        with suppress(Exception):
+            tracker.aim.close()
     return ended_by
 
 
