@@ -311,6 +311,8 @@ def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **facts: Any) -
         os.replace(beside, path)
         if folder is not None:
             os.fsync(folder)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        raise error.__context__ or error from None
     finally:
         beside.unlink(missing_ok=True)
         if folder is not None:

@@ -1,6 +1,8 @@
 import dataclasses
 import math
 import random
+import resource
+import signal
 import zipfile
 
 import pytest
@@ -467,6 +469,21 @@ def test_a_file_that_would_unpack_to_more_than_its_size_is_refused(saved):
             new.writestr(name, content if "/data/" not in name else bytes(10**6))
     with pytest.raises(ValueError, match="more than its size"):
         load_model(path)
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_old_file_and_nothing_else(saved):
+    path, model = saved
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # as full as a test can make it
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_model(path, model, CharTokenizer("abcdefghijk"), step=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["m.pth"]
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved):
