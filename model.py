@@ -55,8 +55,8 @@ class CharTokenizer:
     @staticmethod
     def code_points(text: str) -> Iterator[Tensor]:
         """The Unicode numbers of the characters, in pieces that stay in the processor's cache."""
-        for start in range(0, len(text), 2**20):
-            utf32 = text[start : start + 2**20].encode("utf-32", "surrogatepass")
+        for start in range(0, len(text), 2**18):
+            utf32 = text[start : start + 2**18].encode("utf-32", "surrogatepass")
             yield torch.frombuffer(bytearray(utf32), dtype=torch.int32)[1:].long()  # [0] is a byte order mark
 
     @classmethod
@@ -65,7 +65,8 @@ class CharTokenizer:
         seen = torch.zeros(0x110000, dtype=torch.bool)
         for part in [text] if isinstance(text, str) else text:
             for codes in cls.code_points(part):
-                seen |= codes.bincount(minlength=len(seen)) > 0
+                counts = codes.bincount()
+                seen[: len(counts)] |= counts > 0
         return cls("".join(map(chr, seen.nonzero().flatten().tolist())))
 
     def encode(self, text: str) -> Tensor:

@@ -67,18 +67,20 @@ def encoding() -> None:
 
 def loading() -> None:
     """Loading a file of mixed scripts: time, and memory as seen from outside."""
-    program = "import sys, train; sys.argv[1:] and train.load_text(train.Path(sys.argv[1]))"
+    program = "import resource, sys, train; sys.argv[1:] and train.load_text(train.Path(sys.argv[1]))"
+    program += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    piece, count = text_of("mixed", 1 << 20), 80
     with tempfile.TemporaryDirectory() as folder:
-        path, text = Path(folder, "text.txt"), text_of("mixed", 80 << 20)
-        path.write_text(text, encoding="utf-8")
+        path = Path(folder, "text.txt")
+        path.write_text(piece, encoding="utf-8")
+        path.write_bytes(path.read_bytes() * count)
         peaks, start = [], 0.0
         for arguments in ([], [str(path)]):
             start = time.perf_counter()
-            code = program + "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-            command = [sys.executable, "-c", code, *arguments]
+            command = [sys.executable, "-c", program, *arguments]
             done = subprocess.run(command, capture_output=True, check=True, cwd=sys.path[0])
             peaks.append(int(done.stdout) * (1 if sys.platform == "darwin" else 1024))
-        each, took = (peaks[1] - peaks[0]) / len(text), time.perf_counter() - start
+        each, took = (peaks[1] - peaks[0]) / (len(piece) * count), time.perf_counter() - start
     show("load a file of mixed scripts", each, f"bytes a character at the peak ({took:.1f} s)")
 
 
@@ -141,7 +143,7 @@ def main() -> None:
     """Runs all."""
     processor = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {processor}")
-    for part in (attention, generating, training, encoding, loading):
+    for part in (loading, attention, generating, training, encoding):  # a child's peak begins at its parent's
         part()
 
 
