@@ -357,7 +357,7 @@ def test_a_broken_aim_is_said_in_a_line_and_training_runs_the_same(workshop):
 def test_aim_that_fails_in_the_middle_does_not_end_training(workshop):
     (workshop.folder / "aim.py").write_text(
         "class Run(dict):\n    hash = 'a'\n    def __init__(self, *_, **__): ...\n"
-        "    def track(self, *_, **__): raise OSError('no space for this')\n"
+        "    def track(self, *_, **__): raise OSError('no space for this')\nText = Image = None\n"
     )
     done = train_with_aim(workshop)
     assert done.stderr.count("losses are not tracked with aim: no space for this") == 1
