@@ -319,7 +319,8 @@ class Tracker:
         for subset, nats in loss.items():
             for name, value in (("loss", nats), ("bits_per_character", nats / math.log(2))):
                 self.aim.track(value, name=name, step=step, context={"subset": subset})
-        for name, value in {"learning_rate": learning_rate(step, self.run.settings), **numbers}.items():
+        numbers["learning_rate"] = learning_rate(step, self.run.settings)
+        for name, value in numbers.items() if step else ():  # there is none of them before the first step
             self.aim.track(value, name=name, step=step)
         model.eval()
         window = self.run.looks["val"][0].to(self.run.device)  # (T + 1,)
