@@ -194,6 +194,7 @@ class Run:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")  # TF32
+        self.precision = autocast(settings, self.device)
         ids, self.tokenizer, digest = load_text(settings.data)
         learn, held_out = split(ids, settings)
         self.windows = learn.unfold(0, settings.context_length + 1, 1)  # (all, T + 1), without a copy
@@ -222,8 +223,9 @@ class Run:
     def restore(self) -> tuple[GPT, list[dict]]:
         """The checkpoint's model and optimizers' states. Raises ValueError if its run was another."""
         model, _, facts = load_model(self.checkpoint, self.device)
+        before = {**facts, **asdict(model.config)}
         for name, now in self.fixed.items():
-            if (then := facts.get("fixed", {}).get(name)) != now:
+            if (then := before.get(name)) != now:
                 raise ValueError(f"{self.checkpoint} was trained with {name} {then}, not {now}")
         self.step, self.best, self.aim_hash = facts["step"], facts["best"], facts["aim"]
         return model, facts["optimizers"]
@@ -231,8 +233,9 @@ class Run:
     def save(self) -> None:
         """Writes what `restore` needs."""
         states = [optimizer.state_dict() for optimizer in self.optimizers]
-        facts = {"step": self.step, "best": self.best, "aim": self.aim_hash, "fixed": self.fixed}
-        save_model(self.checkpoint, self.model, self.tokenizer, **facts, optimizers=states)
+        facts = {name: self.fixed[name] for name in ("optimizer", "text")}  # the sizes are the model's own
+        facts |= {"step": self.step, "best": self.best, "aim": self.aim_hash, "optimizers": states}
+        save_model(self.checkpoint, self.model, self.tokenizer, **facts)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
         """Moves the weights once. Returns the loss and the gradient's length, on the device, not waited for.
@@ -251,7 +254,7 @@ class Run:
         for i, part in enumerate(parts, 1):
             alone = self.world > 1 and i < len(parts)  # the processes add up their gradients at the last part
             with self.forward.no_sync() if alone else nullcontext():
-                with autocast(settings, self.device):
+                with self.precision:
                     loss = self.forward(part[:, :-1], part[:, 1:])[1] / len(parts)
                 loss.backward()
             losses.append(loss.detach())
@@ -272,7 +275,7 @@ class Run:
         for name, rows in self.looks.items():
             total = torch.zeros((), device=self.device)
             for part in rows.to(self.device).split(self.settings.batch_size):
-                with autocast(self.settings, self.device):
+                with self.precision:
                     total += self.model(part[:, :-1], part[:, 1:])[1] * len(part)
             loss[name] = total.item() / len(rows)
         self.model.train()
@@ -363,7 +366,7 @@ def agree(value: int) -> int:
 
 def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0. Raises ValueError if the loss is no number."""
-    settings, first, resumed, caught = run.settings, run.rank == 0, run.step, []
+    settings, first, began, caught = run.settings, run.rank == 0, run.step, []
     chars = settings.batch_size * settings.context_length  # in a step
 
     def catch(number: int, _: Any) -> None:  # the step is finished first; a second signal ends it at once
@@ -380,9 +383,7 @@ def train(run: Run) -> int:
         while not done:
             ended_by = agree(max(caught, default=0))
             done = ended_by > 0 or run.step >= settings.steps
-            due = run.step > resumed and (
-                run.step % settings.eval_interval == 0 or run.step == settings.steps
-            )
+            due = run.step > began and (run.step % settings.eval_interval == 0 or run.step == settings.steps)
             if losses and (drawn or due or done):  # to look at the losses is to wait for the device
                 values = torch.stack(losses).tolist()
                 for step, value in enumerate(values, run.step - len(values)):
@@ -400,7 +401,7 @@ def train(run: Run) -> int:
                     tracker.track(loss, gradient_norm=norm.item(), characters_per_second=speed)
                 except Exception as error:
                     tracker.give_up(error)
-            if first and (due or done) and run.step > resumed:
+            if first and (due or done) and run.step > began:
                 run.save()
                 since, clock = run.step, time.perf_counter()
             if not done:
@@ -449,10 +450,10 @@ def main() -> None:
         ended_by = train(run := Run(settings, rank, world))
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         message = str(error)
-        if "memory" in repr(error).lower():
+        if not isinstance(error, OSError | ValueError):
+            if "memory" not in repr(error).lower():
+                raise  # a mistake of ours
             message = "out of memory: lower --batch-size, --context-length or --n-embd, or use --accumulate"
-        elif isinstance(error, RuntimeError):
-            raise  # a mistake of ours
         # Of several processes that fail, one says so.
         if store is None or store.add("errors" + os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), 1) == 1:
             print(f"error: {message}", file=sys.stderr)

@@ -10,20 +10,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "2"  # for torch, here and in the scripts
 
 SENTENCE = "the ship a star we went far into night and light of old moons 'Come!' she said; slowly."
 SIZES = ["--context-length=16", "--n-layer=2", "--n-head=2", "--n-embd=16", "--batch-size=4"]
 SIZES += ["--steps=6", "--eval-interval=3"]
-
-
-def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    stream.flush()
-    return stream
 
 
 class Workshop:
@@ -49,7 +43,7 @@ class Workshop:
     def run(self, *words: object, status: int = 0) -> subprocess.CompletedProcess:
         """Runs a script to its end, in this process to be quick, and holds it to its exit status."""
         script, *flags = map(str, words)
-        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
         handlers = {
             number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
         }
@@ -63,7 +57,7 @@ class Workshop:
                 code = end.code
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        printed, said = (stream.detach().getvalue().decode() for stream in map(flushed, (out, err)))
+        printed, said = (stream.buffer.getvalue().decode() for stream in (out, err))
         if isinstance(code, str):
             code, said = 1, said + code + "\n"
         assert (code or 0) == status, f"{words}: {code}\n{printed}\n{said}"
@@ -86,9 +80,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     workshop = Workshop(tmp_path_factory.mktemp("trained"))
     workshop.train()
     return workshop
-
-
-@pytest.fixture(autouse=True)
-def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts under test see two threads, and warnings of theirs are errors there."""
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "2")

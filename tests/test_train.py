@@ -445,6 +445,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(trained, flags):
         (b"short text", [], "10 characters"),
         (b"ab \xff" * 500, [], "0xff at position 3"),
         (None, ["--data", "missing.txt"], "missing.txt"),
+        (None, ["--data", "memory.txt"], "memory.txt"),
         (None, ["--data", "."], "directory"),
         (None, ["--n-head", "3"], "n_head"),
         (None, ["--batch-size", "5", "--accumulate", "2"], "--batch-size 5"),
