@@ -96,11 +96,17 @@ def main() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         model, tokenizer, _ = load_model(args.model, args.device)
+        if model.config.n_embd < 256:
+            torch.set_num_threads(1)  # so small a model waits longer for other threads than for its sums
         write(model, tokenizer, args)
     except FileNotFoundError:
         sys.exit(f"error: there is no model {args.model}: train one with python train.py")
-    except (OSError, ValueError, MemoryError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in repr(error).lower():
+            raise  # a mistake of ours
+        sys.exit("error: out of memory: lower --num-samples or --max-new-tokens")
 
 
 if __name__ == "__main__":

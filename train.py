@@ -5,13 +5,11 @@ import codecs
 import hashlib
 import math
 import os
-import random
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +17,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, CharTokenizer, GPTConfig, load_model, save_model
@@ -67,8 +64,8 @@ class Settings:
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), f.metadata["range"]
             if isinstance(value, int | float) and not low <= value <= high:
-                flag = "--" + f.name.replace("_", "-")
-                raise ValueError(f"{flag} is {value}, but must be from {low:g} to {high:g}")
+                flag = f.name.replace("_", "-")
+                raise ValueError(f"--{flag} is {value}, but must be from {low:g} to {high:g}")
 
 
 def load_text(path: Path) -> tuple[Tensor, CharTokenizer, str]:
@@ -84,62 +81,47 @@ def load_text(path: Path) -> tuple[Tensor, CharTokenizer, str]:
         try:
             data.decode()
         except UnicodeDecodeError as error:  # this one knows where
-            bad = f"byte {data[error.start]:#04x} at position {error.start}"
-            raise ValueError(f"{path} is not UTF-8 text ({bad}): convert it first") from None
+            raise ValueError(f"{path} is not UTF-8 text ({error}): convert it first") from None
     digest, ids = hashlib.sha256(data).hexdigest(), [tokenizer.encode(part) for part in parts()]
     data = b""  # no longer needed when the ids are there twice
     return torch.cat([tokenizer.encode(""), *ids]), tokenizer, digest
 
 
-def split(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The part to learn from, and its tail, held out. Raises ValueError if one is too short for a window."""
-    window, share = settings.context_length + 1, settings.val_fraction
+def windows_of(ids: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Tensor]]:
+    """All windows before the tail, `(N, T + 1)`, and a few of both to evaluate. ValueError if too short."""
+    T, share, count = settings.context_length, settings.val_fraction, settings.eval_windows
     tail = round(len(ids) * share)
-    if min(tail, len(ids) - tail) < window:
-        needed = math.ceil((window + 1) / min(share, 1 - share))
+    if min(tail, len(ids) - tail) < T + 1:
+        needed = math.ceil((T + 2) / min(share, 1 - share))
         raise ValueError(f"{settings.data} has {len(ids)} characters; these settings need at least {needed}")
-    return ids[:-tail], ids[-tail:]
-
-
-def fixed_windows(ids: Tensor, settings: Settings) -> Tensor:
-    """The windows of each evaluation, evenly spread, none over another: `(N, T + 1)`."""
-    side_by_side = ids.unfold(0, settings.context_length + 1, settings.context_length)
-    last, count = len(side_by_side) - 1, min(len(side_by_side), settings.eval_windows)
-    return side_by_side[torch.linspace(0, last, count, dtype=torch.float64).long()].long()
-
-
-def mixed_seed(*numbers: int) -> int:
-    """One seed from several numbers, of 32 bits, which is all that torch's CPU generator heeds."""
-    return random.Random(repr(numbers)).getrandbits(32)
+    looks = {}
+    for name, part in {"train": ids[:-tail], "val": ids[-tail:]}.items():
+        stride = max(T, (len(part) - T - 1) // count)  # evenly spread, none over another
+        looks[name] = part.unfold(0, T + 1, stride)[:count].long()
+    return ids[:-tail].unfold(0, T + 1, 1), looks  # the first without a copy
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose updates are made orthogonal: a matrix moves in all directions alike (Jordan, 2024).
 
-    torch.optim.Muon works in bfloat16, matrix by matrix, which takes a CPU without it 40 times as long as
-    this: matrices of a shape together, in their own type. Queries, keys and values count as three.
+    torch.optim.Muon takes a CPU without bfloat16 40 times as long: here, all matrices of a shape go together.
     """
-
-    def __init__(
-        self, params: list[Tensor], weight_decay: float, lr: float = 0.01, momentum: float = 0.95
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Moves the matrices once."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for matrix in group["params"]:
-                if not self.state[matrix]:
-                    self.state[matrix]["average"] = torch.zeros_like(matrix)
-                average = self.state[matrix]["average"].lerp_(matrix.grad, 1 - group["momentum"])
-                update = matrix.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                count = 3 if matrix.size(0) == 3 * matrix.size(1) else 1
-                for pair in zip(matrix.chunk(count), update.chunk(count), strict=True):
-                    part, x = pair if pair[0].size(0) <= pair[0].size(1) else (pair[0].mT, pair[1].mT)  # wide
-                    alike.setdefault(x.shape, []).append((part, x))
+            alike: dict[torch.Size, list] = {}  # pairs of a matrix and its update, both wide, by their shape
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["average"] = torch.zeros_like(p)
+                average = self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                count = 3 if p.size(0) == 3 * p.size(1) else 1  # queries, keys, values
+                for pair in zip(p.chunk(count), update.chunk(count), strict=True):
+                    matrix, x = pair if pair[0].size(0) <= pair[0].size(1) else (pair[0].mT, pair[1].mT)
+                    alike.setdefault(x.shape, []).append((matrix, x))
             for shape, pairs in alike.items():
                 x = torch.stack([x for _, x in pairs])  # (N, rows, columns)
                 x /= x.norm(dim=(1, 2), keepdim=True) + 1e-7
@@ -147,43 +129,14 @@ class Muon(torch.optim.Optimizer):
                     gram = x @ x.mT
                     gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
                     x = torch.baddbmm(x, gram, x, beta=3.4445)
-                size = 0.2 * math.sqrt(shape[1])  # as large as an update of AdamW (Liu et al., 2025)
-                for (part, _), change in zip(pairs, x, strict=True):
-                    part.sub_(change, alpha=size * group["lr"])
-
-
-def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices and AdamW for the rest, or AdamW for all. Only those matrices decay."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    muon = [Muon(matrices, settings.weight_decay)] if settings.optimizer == "muon" else []
-    groups = [{"params": rest, "weight_decay": 0.0}]
-    groups += [] if muon else [{"params": matrices, "weight_decay": settings.weight_decay}]
-    return [*muon, torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)]
-
-
-def learning_rate(step: int, settings: Settings) -> float:
-    """Up while the optimizers' averages fill, then down to zero, so that the batches' noise averages out."""
-    highest = settings.learning_rate * (1.0 if settings.optimizer == "muon" else 0.1)
-    return highest * min(1, (step + 1) / (settings.warmup_steps + 1)) * (1 - step / settings.steps)
-
-
-def autocast(settings: Settings, device: torch.device) -> torch.autocast:
-    """The precision of matrix products: bf16 where it is faster or asked for, else fp32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # older torches cannot tell what a CPU has
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = device.type == "cpu" and cpu.get("avx512_bf16", False) and settings.n_embd >= 128
-    use = settings.precision == "bf16" or (settings.precision == "auto" and fast)
-    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+                x /= x.norm(dim=1, keepdim=True) + 1e-7  # each neuron as fast as the others (Li et al., 2025)
+                size = 0.2 * math.sqrt(shape[0])  # as large as an update of AdamW (Liu et al., 2025)
+                for (matrix, _), change in zip(pairs, x, strict=True):
+                    matrix.sub_(change, alpha=size * group["lr"])
 
 
 class Run:
-    """The text, the model, the optimizers, and how far they are: in the process `rank` of `world`.
-
-    Raises OSError for files and ValueError for texts, settings and checkpoints that cannot be used.
-    """
+    """A model that learns a text, in process `rank` of `world`. Raises OSError and ValueError for both."""
 
     def __init__(self, settings: Settings, rank: int = 0, world: int = 1) -> None:
         self.settings, self.rank, self.world = settings, rank, world
@@ -194,74 +147,94 @@ class Run:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")  # TF32
-        self.precision = autocast(settings, self.device)
+        self.precision = self.autocast()
         ids, self.tokenizer, digest = load_text(settings.data)
-        learn, held_out = split(ids, settings)
-        self.windows = learn.unfold(0, settings.context_length + 1, 1)  # (all, T + 1), without a copy
-        self.looks = {"train": fixed_windows(learn, settings), "val": fixed_windows(held_out, settings)}
-        sizes = {name: getattr(settings, name) for name in ("context_length", "n_layer", "n_head", "n_embd")}
-        config = GPTConfig(self.tokenizer.vocab_size, **sizes, dropout=settings.dropout)
-        self.fixed = {**asdict(config), "optimizer": settings.optimizer, "text": digest}
-        self.step, self.best, self.aim_hash = 0, math.inf, None
+        self.windows, self.looks = windows_of(ids, settings)
+        sizes = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)[1:]}
+        config = GPTConfig(self.tokenizer.vocab_size, **sizes)
+        self.fixed = {"optimizer": settings.optimizer, "val_fraction": settings.val_fraction, "text": digest}
+        self.fixed |= asdict(config)  # what no resumed run may change
+        self.seed_all()
+        self.model = GPT(config).to(self.device)
+        self.optimizers = self.make_optimizers()
+        self.step, self.best, self.aim, self.aim_hash = 0, math.inf, None, None
         self.checkpoint = settings.model.with_suffix(".train.pth")
-        torch.manual_seed(mixed_seed(settings.seed))
-        resumed = settings.resume and self.checkpoint.exists()
-        self.model, states = self.restore() if resumed else (GPT(config).to(self.device), [])
-        self.model.train()
-        self.optimizers = make_optimizers(self.model, settings)
-        for optimizer, state in zip(self.optimizers, states, strict=resumed):
-            optimizer.load_state_dict(state)
+        if settings.resume and self.checkpoint.exists():
+            self.restore()
+        elif settings.resume and rank == 0:
+            print(f"there is no checkpoint {self.checkpoint}: starting anew", file=sys.stderr)
         self.forward = torch.compile(self.model) if settings.compile else self.model
         if world > 1:
-            self.forward = DistributedDataParallel(self.forward)
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.forward)
         if rank == 0:
-            if settings.resume and not resumed:
-                print(f"there is no checkpoint {self.checkpoint}: starting anew", file=sys.stderr)
             settings.model.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=settings.model.parent).close()  # fails now, not after an hour
 
-    def restore(self) -> tuple[GPT, list[dict]]:
-        """The checkpoint's model and optimizers' states. Raises ValueError if its run was another."""
-        model, _, facts = load_model(self.checkpoint, self.device)
-        before = {**facts, **asdict(model.config)}
-        for name, now in self.fixed.items():
-            if (then := before.get(name)) != now:
-                raise ValueError(f"{self.checkpoint} was trained with {name} {then}, not {now}")
+    def autocast(self) -> torch.autocast:
+        """The precision of matrix products: bf16 where it is faster or asked for, else fp32."""
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older torches cannot tell
+        fast = self.device.type == "cpu" and cpu.get("avx512_bf16", False) and self.settings.n_embd >= 128
+        if self.device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        enabled = self.settings.precision == "bf16" or (self.settings.precision == "auto" and fast)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the blocks' matrices, which alone decay, and AdamW for the rest, or AdamW for all."""
+        matrices = [p for p in self.model.blocks.parameters() if p.dim() == 2]
+        rest = [p for p in self.model.parameters() if all(p is not matrix for matrix in matrices)]
+        groups = [{"params": rest}, {"params": matrices, "weight_decay": self.settings.weight_decay}]
+        muon = [Muon([groups.pop()], {"momentum": 0.95})] if self.settings.optimizer == "muon" else []
+        return [*muon, torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+
+    def learning_rate(self) -> float:
+        """Up while the optimizers' averages fill, then down to zero: small steps average out the noise."""
+        settings, step = self.settings, self.step
+        highest = settings.learning_rate * (1.0 if settings.optimizer == "muon" else 0.1)
+        return highest * min(1, (step + 1) / (settings.warmup_steps + 1)) * (1 - step / settings.steps)
+
+    def seed_all(self, *numbers: int) -> None:
+        """Makes what is random depend on the seed and these numbers alone: no step on those before it."""
+        digest = hashlib.sha256(repr((self.settings.seed, *numbers)).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:4], "big"))  # torch's CPU generator heeds no more bits
+
+    def restore(self) -> None:
+        """Goes on from the checkpoint. Raises ValueError if its run was another."""
+        model, _, facts = load_model(self.checkpoint)
+        if (before := dict(facts.get("fixed", {}))) != self.fixed:
+            differ = [f"{name} {value}" for name, value in before.items() if self.fixed.get(name) != value]
+            raise ValueError(f"{self.checkpoint} was trained with {', '.join(differ) or 'something else'}")
+        self.model.load_state_dict(model.state_dict())
+        for optimizer, state in zip(self.optimizers, facts["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.step, self.best, self.aim_hash = facts["step"], facts["best"], facts["aim"]
-        return model, facts["optimizers"]
 
     def save(self) -> None:
         """Writes what `restore` needs."""
-        states = [optimizer.state_dict() for optimizer in self.optimizers]
-        facts = {name: self.fixed[name] for name in ("optimizer", "text")}  # the sizes are the model's own
-        facts |= {"step": self.step, "best": self.best, "aim": self.aim_hash, "optimizers": states}
+        facts = {"fixed": self.fixed, "step": self.step, "best": self.best, "aim": self.aim_hash}
+        facts["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         save_model(self.checkpoint, self.model, self.tokenizer, **facts)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
-        """Moves the weights once. Returns the loss and the gradient's length, on the device, not waited for.
-
-        What is random depends on the seed and the step alone, so that no step needs to know those before it.
-        """
-        settings = self.settings
-        torch.manual_seed(mixed_seed(settings.seed, self.step))
+        """Moves the weights once. Returns the loss and the gradient's length, on the device, not awaited."""
+        settings, losses = self.settings, []
+        self.model.train()
+        self.seed_all(self.step)
         starts = torch.randint(len(self.windows), (settings.batch_size,))
         if self.world > 1:  # each process takes its slice of the same batch, with its own dropout
-            torch.manual_seed(mixed_seed(settings.seed, self.step, self.rank))
+            self.seed_all(self.step, self.rank)
         rows = self.windows[starts.chunk(self.world)[self.rank]].long()
         rows = rows.pin_memory() if self.device.type == "cuda" else rows
         parts = rows.to(self.device, non_blocking=True).chunk(settings.accumulate)  # each (B, T + 1)
-        losses = []
-        for i, part in enumerate(parts, 1):
-            alone = self.world > 1 and i < len(parts)  # the processes add up their gradients at the last part
-            with self.forward.no_sync() if alone else nullcontext():
-                with self.precision:
-                    loss = self.forward(part[:, :-1], part[:, 1:])[1] / len(parts)
-                loss.backward()
+        for part in parts:
+            with self.precision:
+                loss = self.forward(part[:, :-1], part[:, 1:])[1] / len(parts)
+            loss.backward()
             losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, settings)
+                group["lr"] = self.learning_rate()
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -270,104 +243,76 @@ class Run:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean loss on the fixed windows of both parts, in nats. Saves the model if it is the best."""
-        self.model.eval()
         loss = {}
+        self.model.eval()
         for name, rows in self.looks.items():
-            total = torch.zeros((), device=self.device)
-            for part in rows.to(self.device).split(self.settings.batch_size):
-                with self.precision:
-                    total += self.model(part[:, :-1], part[:, 1:])[1] * len(part)
-            loss[name] = total.item() / len(rows)
-        self.model.train()
+            parts = rows.to(self.device).split(self.settings.batch_size)
+            with self.precision:
+                sums = [self.model(part[:, :-1], part[:, 1:])[1] * len(part) for part in parts]
+            loss[name] = torch.stack(sums).sum().item() / len(rows)
         if self.step > 0 and loss["val"] < self.best:
             self.best = loss["val"]
             save_model(self.settings.model, self.model, self.tokenizer, step=self.step, val_loss=self.best)
         return loss
 
+    @torch.no_grad()
+    def sights(self) -> Iterator[tuple[str, Any, dict[str, int]]]:
+        """What there is to see, each with its name and context: a passage written, and at times pictures."""
+        from aim import Image, Text
 
-class Tracker:
-    """Shows a run in `aim up`. Without aim it does nothing, and says so."""
+        def picture(values: Tensor, caption: str) -> Image:  # (rows, columns), from 0, black, to 1, white
+            zoom = math.ceil(384 / len(values))
+            return Image(values.kron(torch.ones(zoom, zoom, device=values.device)), caption=caption)
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.aim, settings = run, None, run.settings
-        try:
-            if not settings.aim:
-                raise ImportError("--no-aim")
-            import aim
+        window, seen = self.looks["val"][0].to(self.device), []  # (T + 1,)
+        new = self.model.generate(window[None, :1], 300, 0.8, generator=torch.Generator().manual_seed(1))
+        yield "passage", Text(self.tokenizer.decode(torch.cat([window[:1], *new]))), {}
+        if self.step == 0:
+            yield "positions", picture(self.model.positions / 2 + 0.5, "a row a position"), {}
+        if self.step % (4 * self.settings.eval_interval) == 0:
+            for block, module in enumerate(self.model.blocks):
+                attention = module.attention.attention
+                hook = attention.register_forward_hook(lambda a, qkv, _: seen.append(a.explicit(*qkv[:3])[1]))
+                with hook:
+                    self.model(window[None, :-1])
+                heads = torch.cat([*seen.pop()[0].sqrt()], dim=1)  # (T, H T)
+                yield "attention", picture(heads, f"block {block}, a square a head"), {"block": block}
 
-            quiet = {"system_tracking_interval": None, "capture_terminal_logs": False}
-            self.aim = aim.Run(run.aim_hash, repo=str(ROOT), experiment="gpt", **quiet)
-            self.aim.name = f"{settings.data.stem} {settings.n_layer}x{settings.n_embd} {settings.optimizer}"
-            facts = {"parameters": sum(p.numel() for p in run.model.parameters()), "text": settings.data.name}
-            facts |= {"characters": len(run.windows), "vocabulary": run.tokenizer.vocab_size}
-            facts |= {"torch": str(torch.__version__), "device": str(run.device)}
-            plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
-            self.aim["hparams"], self.aim["run"] = plain, facts
-            run.aim_hash = self.aim.hash
-        except Exception as error:
-            self.give_up(error)
+    def open_aim(self) -> Any:
+        """The run in aim that shows this one. Raises whatever is wrong with aim."""
+        settings = self.settings
+        if not settings.aim:
+            raise ImportError("--no-aim")
+        import aim
 
-    def give_up(self, error: Exception) -> None:
-        """Goes on without aim: training does not depend on it, whatever is wrong with it."""
-        self.aim = None
-        tqdm.write(f"losses are not tracked with aim: {' '.join(str(error).split())}", file=sys.stderr)
+        shown = aim.Run(self.aim_hash, repo=ROOT, system_tracking_interval=None, capture_terminal_logs=False)
+        shown.name = f"{settings.data.stem} {settings.n_layer}x{settings.n_embd} {settings.optimizer}"
+        facts = {**asdict(settings), **self.fixed, "characters": len(self.windows), "device": self.device}
+        facts |= {"parameters": sum(p.numel() for p in self.model.parameters()), "torch": torch.__version__}
+        shown["hparams"] = {name: v if isinstance(v, int | float) else str(v) for name, v in facts.items()}
+        self.aim_hash = shown.hash
+        return shown
 
-    def track(self, loss: dict[str, float], **numbers: float) -> None:
-        """Adds an evaluation: losses, told apart by their context, numbers, a passage, at times pictures."""
-        if not self.aim:
+    def track(self, loss: dict[str, float], numbers: dict[str, float]) -> None:
+        """Shows an evaluation in `aim up`. If aim fails, training goes on without it, and a line says so."""
+        if self.aim is False:
             return
-        from aim import Text
-
-        model, step, steps = self.run.model, self.run.step, self.run.settings.steps
-        for subset, nats in loss.items():
-            for name, value in (("loss", nats), ("bits_per_character", nats / math.log(2))):
-                self.aim.track(value, name=name, step=step, context={"subset": subset})
-        numbers["learning_rate"] = learning_rate(step, self.run.settings)
-        for name, value in numbers.items() if step else ():  # there is none of them before the first step
-            self.aim.track(value, name=name, step=step)
-        model.eval()
-        window = self.run.looks["val"][0].to(self.run.device)  # (T + 1,)
-        new = model.generate(window[None, :1], 300, 0.8, generator=torch.Generator().manual_seed(1))
-        passage = self.run.tokenizer.decode(torch.cat([window[:1], *new]))
-        self.aim.track(Text(passage), name="passage", step=step)
-        if step == 0:
-            self.picture("positions", model.positions / 2 + 0.5, "a row a position, a column a channel")
-        if 4 * step // steps > 4 * (step - self.run.settings.eval_interval) // steps:  # five times a run
-            seen: list[Tensor] = []  # how each block's heads read the window, (H, T, T)
-            heads = [block.attention.attention for block in model.blocks]
-            hooks = [
-                h.register_forward_hook(lambda h, x, _: seen.append(h.explicit(*x[:3])[1][0])) for h in heads
-            ]
-            with torch.no_grad():
-                model(window[None, :-1])
-            for i, (hook, weights) in enumerate(zip(hooks, seen, strict=True)):
-                hook.remove()
-                row = torch.cat([*weights.sqrt()], dim=1)  # (T, H T)
-                self.picture("attention", row, f"block {i}, a square a head", block=i)
-        model.train()
-
-    def picture(self, name: str, values: Tensor, caption: str, **context: int) -> None:
-        """Adds a picture of values from 0, black, to 1, white, `(rows, columns)`, enlarged to be seen."""
-        from aim import Image
-
-        zoom = math.ceil(384 / len(values))
-        pixels = values.kron(torch.ones(zoom, zoom, device=values.device))
-        self.aim.track(Image(pixels, caption=caption), name=name, step=self.run.step, context=context)
-
-
-def agree(value: int) -> int:
-    """The largest of the processes' values, so that all of them stop at the same step."""
-    if not dist.is_initialized():
-        return value
-    largest = torch.tensor(value)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+        try:
+            self.aim = self.aim or self.open_aim()
+            self.aim.track(numbers, step=self.step)
+            for subset, nats in loss.items():
+                both = {"loss": nats, "bits_per_character": nats / math.log(2)}
+                self.aim.track(both, step=self.step, context={"subset": subset})
+            for name, value, context in self.sights():
+                self.aim.track(value, name=name, step=self.step, context=context)
+        except Exception as error:
+            self.aim = False
+            tqdm.write(f"losses are not tracked with aim: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def train(run: Run) -> int:
     """The loop. Returns the signal that ended it early, or 0. Raises ValueError if the loss is no number."""
     settings, first, began, caught = run.settings, run.rank == 0, run.step, []
-    chars = settings.batch_size * settings.context_length  # in a step
 
     def catch(number: int, _: Any) -> None:  # the step is finished first; a second signal ends it at once
         caught.append(number)
@@ -375,43 +320,38 @@ def train(run: Run) -> int:
 
     signal.signal(signal.SIGINT, catch)
     signal.signal(signal.SIGTERM, catch)
-    look = {"unit": "char", "unit_scale": True, "mininterval": 0.5, "disable": not first}
-    tracker = Tracker(run) if first else None
-    losses, norm, drawn, since, clock = [], torch.zeros(()), False, run.step, time.perf_counter()
-    done = False
-    with tqdm(total=settings.steps * chars, initial=run.step * chars, dynamic_ncols=True, **look) as bar:
+    chars = settings.batch_size * settings.context_length  # in a step
+    look = {"unit": "char", "unit_scale": True, "mininterval": 0.5, "dynamic_ncols": True}
+    loss = norm = torch.zeros(())
+    drawn, done, numbers, since, clock = False, False, {}, run.step, time.perf_counter()
+    with tqdm(total=settings.steps * chars, initial=run.step * chars, disable=not first, **look) as bar:
         while not done:
-            ended_by = agree(max(caught, default=0))
-            done = ended_by > 0 or run.step >= settings.steps
-            due = run.step > began and (run.step % settings.eval_interval == 0 or run.step == settings.steps)
-            if losses and (drawn or due or done):  # to look at the losses is to wait for the device
-                values = torch.stack(losses).tolist()
-                for step, value in enumerate(values, run.step - len(values)):
-                    if not math.isfinite(value):
-                        raise ValueError(f"the loss of step {step} is {value}; lower --learning-rate")
-                bar.set_postfix(loss=f"{sum(values) / len(values):.3f}", refresh=False)
-                losses = []
-            if first and (due or run.step == 0):
-                speed = (run.step - since) * chars / (time.perf_counter() - clock)
-                loss = run.evaluate()
-                val = f"val loss {loss['val']:.4f} ({loss['val'] / math.log(2):.2f} bits/char)"
+            ended_by = torch.tensor(max(caught, default=0))
+            if run.world > 1:  # all stop at the same step
+                dist.all_reduce(ended_by, dist.ReduceOp.MAX)
+            moved, done = run.step > began, bool(ended_by) or run.step >= settings.steps
+            due = run.step % settings.eval_interval == 0 or run.step == settings.steps
+            if moved and (drawn or due or done):  # to look at the loss is to wait for the device
+                numbers = {"learning_rate": run.learning_rate(), "gradient_norm": norm.item()}
+                numbers["characters_per_second"] = (run.step - since) * chars / (time.perf_counter() - clock)
+                if not math.isfinite(loss + norm):
+                    raise ValueError(f"step {run.step}: loss {loss}, gradient {norm}; lower --learning-rate")
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if first and due and (moved or run.step == 0):
+                mean = run.evaluate()
+                val = f"val loss {mean['val']:.4f} ({mean['val'] / math.log(2):.2f} bits/char)"
                 with bar.external_write_mode():
-                    print(f"step {run.step}: train loss {loss['train']:.4f}, {val}", flush=True)
-                try:
-                    tracker.track(loss, gradient_norm=norm.item(), characters_per_second=speed)
-                except Exception as error:
-                    tracker.give_up(error)
-            if first and (due or done) and run.step > began:
+                    print(f"step {run.step}: train loss {mean['train']:.4f}, {val}", flush=True)
+                run.track(mean, numbers)
+            if first and moved and (due or done):
                 run.save()
                 since, clock = run.step, time.perf_counter()
             if not done:
                 loss, norm = run.take_step()
-                losses.append(loss)
                 drawn = bar.update(chars)
-    if first and tracker.aim:
-        with suppress(Exception):
-            tracker.aim.close()
-    return ended_by
+    if first and ended_by:
+        print(f"stopped at step {run.step}; python train.py --resume goes on from there", file=sys.stderr)
+    return int(ended_by)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -419,8 +359,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def parse() -> Settings:
-    """Makes the settings from the command line."""
+def main() -> None:
+    """Trains as the command line says."""
     parser = _Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Settings):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
@@ -428,16 +368,10 @@ def parse() -> Settings:
     try:
         settings = Settings(**vars(parser.parse_args()))
         torch.empty(0, device=settings.device)
-        return settings
-    except ValueError as error:
-        parser.error(str(error))
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device cannot be used: {str(error).splitlines()[0]}")
-
-
-def main() -> None:
-    """Trains as the command line says."""
-    settings, store, rank, world = parse(), None, 0, 1
+    except (ValueError, RuntimeError, AssertionError) as error:
+        known = isinstance(error, ValueError)  # or torch has no such device
+        parser.error(str(error) if known else f"--device {settings.device} cannot be used here: try cpu")
+    store, rank, world = None, 0, 1
     try:
         if "WORLD_SIZE" in os.environ:  # torchrun
             store, rank, world = next(dist.rendezvous("env://"))
@@ -447,21 +381,18 @@ def main() -> None:
             if rank == 0:
                 both = "python bin/download.py, then bash bin/concatenate.sh"
                 print(f"training on data/sample.txt; real books come with {both}", file=sys.stderr)
-        ended_by = train(run := Run(settings, rank, world))
+        ended_by = train(Run(settings, rank, world))
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         message = str(error)
         if not isinstance(error, OSError | ValueError):
             if "memory" not in repr(error).lower():
                 raise  # a mistake of ours
             message = "out of memory: lower --batch-size, --context-length or --n-embd, or use --accumulate"
-        # Of several processes that fail, one says so.
-        if store is None or store.add("errors" + os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), 1) == 1:
+        claim = f"errors{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"  # of several processes one says so
+        if store is None or store.add(claim, 1) == 1:
             print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
-    if ended_by:
-        if rank == 0:
-            print(f"stopped at step {run.step}; python train.py --resume goes on from there", file=sys.stderr)
-        sys.exit(128 + ended_by)
+    sys.exit(128 + ended_by if ended_by else 0)
 
 
 if __name__ == "__main__":

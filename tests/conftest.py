@@ -10,10 +10,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "2"  # for torch, here and in the scripts
+THREADS = 2  # of torch, here and in the scripts
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 SENTENCE = "the ship a star we went far into night and light of old moons 'Come!' she said; slowly."
 SIZES = ["--context-length=16", "--n-layer=2", "--n-head=2", "--n-embd=16", "--batch-size=4"]
@@ -57,6 +59,7 @@ class Workshop:
                 code = end.code
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        torch.set_num_threads(THREADS)
         printed, said = (stream.buffer.getvalue().decode() for stream in (out, err))
         if isinstance(code, str):
             code, said = 1, said + code + "\n"

@@ -14,7 +14,7 @@ import torch
 from conftest import SIZES
 
 from model import load_model
-from train import Muon, Run, Settings, fixed_windows, learning_rate, load_text, make_optimizers, split
+from train import Muon, Run, Settings, load_text, windows_of
 
 LINE = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4}) \((\d+\.\d\d) bits/char\)")
 
@@ -53,7 +53,7 @@ def test_what_is_not_utf8_is_refused_with_its_first_bad_byte(tmp_path, before, b
     with pytest.raises(UnicodeDecodeError) as oracle:
         path.read_bytes().decode()
     position = oracle.value.start
-    with pytest.raises(ValueError, match=f"{path.read_bytes()[position]:#04x} at position {position}"):
+    with pytest.raises(ValueError, match=rf"position {position}\b"):
         load_text(path)
 
 
@@ -70,30 +70,34 @@ def test_the_tail_is_held_out_and_too_short_a_text_is_refused_with_both_lengths(
     settings = settings_of(workshop, val_fraction=share)
     needed = None
     for length in range(0, 400):
-        ids = torch.arange(length)
         try:
-            learn, held_out = split(ids, settings)
+            windows, looks = windows_of(torch.arange(length), settings)
         except ValueError as error:
             found, needed = map(int, re.findall(r"(\d+) characters.*at least (\d+)", str(error))[0])
             assert found == length
             continue
-        assert torch.equal(torch.cat([learn, held_out]), ids)
-        assert min(len(learn), len(held_out)) > settings.context_length
-        assert len(held_out) == round(length * share)
-    split(torch.arange(needed), settings)
+        border = length - round(length * share)
+        assert windows.tolist() == [[*range(i, i + 17)] for i in range(border - 16)]
+        assert looks["train"].max() < border <= looks["val"].min()
+    windows_of(torch.arange(needed), settings)
 
 
-def test_the_windows_of_an_evaluation_lie_apart_and_hold_the_next_character(workshop):
-    settings = settings_of(workshop)
-    for length in (17, 18, 33, 80, 81, 82, 500):
-        rows = fixed_windows(torch.arange(length), settings)
-        assert rows.shape == (min(5, (length - 1) // 16), 17)
+@pytest.mark.parametrize("length", [34, 36, 66, 160, 162, 164, 1000])
+def test_the_windows_of_an_evaluation_are_spread_over_their_part_and_not_over_each_other(workshop, length):
+    settings = settings_of(workshop, val_fraction=0.5)
+    for rows in windows_of(torch.arange(length), settings)[1].values():
+        assert rows.shape == (min(5, (length // 2 - 1) // 16), 17)
+        assert all(row == [*range(row[0], row[0] + 17)] for row in rows.tolist())
         starts = rows[:, 0].tolist()
         assert all(b - a >= 16 for a, b in pairwise(starts))
-        assert all(row == [*range(row[0], row[0] + 17)] for row in rows.tolist())
+        assert starts[-1] - starts[0] >= 0.7 * (length // 2) - 32
 
 
 # Optimizers
+
+
+def muon(params: list[torch.Tensor], weight_decay: float, lr: float) -> Muon:
+    return Muon([{"params": params, "weight_decay": weight_decay, "lr": lr}], {"momentum": 0.95})
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (48, 16), (64, 16), (16, 64), (5, 7)])
@@ -101,14 +105,16 @@ def test_muon_moves_a_matrix_alike_in_all_directions(shape):
     torch.manual_seed(0)
     matrix = torch.nn.Parameter(torch.zeros(shape))
     matrix.grad = torch.randn(shape)
-    Muon([matrix], weight_decay=0.0, lr=1.0).step()
+    muon([matrix], 0.0, 1.0).step()
     parts = matrix.detach().chunk(3 if shape[0] == 3 * shape[1] else 1)
     for part, gradient in zip(parts, matrix.grad.chunk(len(parts)), strict=True):
         moved = -part / (0.2 * math.sqrt(max(part.shape)))
         singular = torch.linalg.svdvals(moved)
-        assert singular.min() > 0.3 and singular.max() < 1.3
+        assert singular.min() > 0.3 and singular.max() < 1.5
         u, _, v = torch.linalg.svd(gradient, full_matrices=False)
-        assert torch.nn.functional.cosine_similarity(moved.flatten(), (u @ v).flatten(), dim=0) > 0.95
+        assert torch.nn.functional.cosine_similarity(moved.flatten(), (u @ v).flatten(), dim=0) > 0.9
+        each = (moved if part.size(0) > part.size(1) else moved.mT).norm(dim=1)  # on the longer side
+        torch.testing.assert_close(each, torch.full_like(each, math.sqrt(min(part.shape) / max(part.shape))))
 
 
 def test_muon_treats_matrices_together_as_it_would_one_by_one():
@@ -117,7 +123,7 @@ def test_muon_treats_matrices_together_as_it_would_one_by_one():
         torch.nn.Parameter(torch.randn(24, 8))
     ]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
-    optimizers = [Muon(together, 0.1), *[Muon([p], 0.1) for p in alone]]
+    optimizers = [muon(together, 0.1, 0.01), *[muon([p], 0.1, 0.01) for p in alone]]
     for _ in range(3):
         for a, b in zip(together, alone, strict=True):
             a.grad = b.grad = torch.randn_like(a)
@@ -130,7 +136,7 @@ def test_muon_treats_matrices_together_as_it_would_one_by_one():
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_each_parameter_has_one_optimizer_and_only_the_blocks_matrices_decay(workshop, optimizer):
     run = Run(settings_of(workshop, optimizer=optimizer, weight_decay=0.1))
-    groups = [group for o in make_optimizers(run.model, run.settings) for group in o.param_groups]
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     owned = [id(p) for group in groups for p in group["params"]]
     assert sorted(owned) == sorted(map(id, run.model.parameters()))
     decaying = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
@@ -138,10 +144,13 @@ def test_each_parameter_has_one_optimizer_and_only_the_blocks_matrices_decay(wor
     assert names == {n for n, p in run.model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
 
 
-def test_the_learning_rate_rises_and_falls_to_zero():
-    settings = Settings(steps=100, warmup_steps=10)
-    rates = [learning_rate(step, settings) for step in range(101)]
-    assert rates[-1] == 0 and max(rates) <= settings.learning_rate
+@pytest.mark.parametrize(("optimizer", "share"), [("muon", 1.0), ("adamw", 0.1)])
+def test_the_learning_rate_rises_and_falls_to_zero(workshop, optimizer, share):
+    run = Run(settings_of(workshop, steps=100, warmup_steps=10, optimizer=optimizer))
+    rates = []
+    for run.step in range(101):
+        rates.append(run.learning_rate())
+    assert rates[-1] == 0 and 0.8 < max(rates) / (share * run.settings.learning_rate) <= 1
     assert all(a < b for a, b in pairwise(rates[:11]))
     assert all(a > b for a, b in pairwise(rates[10:]))
 
@@ -180,10 +189,9 @@ def test_another_seed_is_another_run(workshop):
 
 def test_the_evaluation_is_the_mean_over_the_fixed_windows_and_leaves_no_trace(workshop):
     run = Run(settings_of(workshop, dropout=0.3, batch_size=3))
-    run.model.train()
+    run.take_step()
     found = run.evaluate()
-    assert run.model.training and run.evaluate() == found
-    run.model.eval()
+    assert run.evaluate() == found
     for name, rows in run.looks.items():
         losses = [run.model(row[None, :-1], row[None, 1:])[1].item() for row in rows]
         assert found[name] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -310,7 +318,7 @@ def test_a_diverged_run_stops_and_leaves_the_best_model(workshop):
     workshop.train()
     before = workshop.model.read_bytes(), workshop.checkpoint.read_bytes()
     flags = ["--optimizer", "adamw", "--learning-rate", 1e9, "--steps", 50, "--eval-interval", 50]
-    with pytest.raises(AssertionError, match=r"error: the loss of step \d+ is .*--learning-rate"):
+    with pytest.raises(AssertionError, match=r"error: step \d+: loss .* lower --learning-rate"):
         workshop.train(*flags)
     assert (workshop.model.read_bytes(), workshop.checkpoint.read_bytes()) == before
 
@@ -383,7 +391,7 @@ def test_aim_gets_all_there_is_to_see_and_a_resumed_run_goes_on_in_it(workshop):
         tracked = sorted(zip(steps.tolist(), losses.tolist(), strict=True))
         assert [step for step, _ in tracked] == [0, 3, 6, 9, 12]
         assert [loss for _, loss in tracked] == pytest.approx([line[column] for line in printed], abs=1e-4)
-    assert run["hparams"]["n_embd"] == 16 and run["run"]["vocabulary"] == len(set(workshop.text))
+    assert run["hparams"]["n_embd"] == 16 and run["hparams"]["vocab_size"] == len(set(workshop.text))
     passages = run.get_text_sequence("passage", Context({})).data.numpy()[1][0]
     assert [len(text.data) for text in passages] == [301] * 5
     (positions,) = run.get_image_sequence("positions", Context({})).data.numpy()[1][0]
@@ -443,7 +451,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(trained, flags):
         (b"", [], "0 characters"),
         (b"a", [], "1 characters"),
         (b"short text", [], "10 characters"),
-        (b"ab \xff" * 500, [], "0xff at position 3"),
+        (b"ab \xff" * 500, [], "0xff in position 3"),
         (None, ["--data", "missing.txt"], "missing.txt"),
         (None, ["--data", "memory.txt"], "memory.txt"),
         (None, ["--data", "."], "directory"),
