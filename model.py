@@ -289,10 +289,7 @@ class GPT(nn.Module):
 
 
 def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **facts: Any) -> None:
-    """Writes all that generation needs, and facts such as the step. Raises OSError; the old file stays then.
-
-    The name holds a whole file at every moment: written beside, flushed, moved into place.
-    """
+    """Writes all that generation needs, and facts such as the step, whole or not at all. Raises OSError."""
     others = {"config": asdict(model.config), "vocabulary": tokenizer.characters, "facts": facts}
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY) if os.name == "posix" else None  # Windows opens no folders
@@ -300,7 +297,7 @@ def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **facts: Any) -
         import fcntl
 
         fcntl.flock(folder, fcntl.LOCK_EX)  # of two runs, one writes after the other
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(path.name + ".part")  # to be flushed and moved into place
     try:
         with open(beside, "wb") as file:
             torch.save({"weights": model.state_dict(), **others}, file)
@@ -309,8 +306,13 @@ def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **facts: Any) -
         os.replace(beside, path)
         if folder is not None:
             os.fsync(folder)
-    except RuntimeError as error:  # what torch's writer makes of a full disk
-        raise error.__context__ or error from None
+    except (OSError, RuntimeError) as error:
+        reason = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # torch's writer hides a full disk
+        if isinstance(reason, OSError):
+            raise OSError(reason.errno, reason.strerror, str(path)) from None
+        raise
     finally:
         beside.unlink(missing_ok=True)
         if folder is not None:

@@ -385,12 +385,12 @@ def main() -> None:
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         message = str(error)
         if not isinstance(error, OSError | ValueError):
-            if "memory" not in repr(error).lower():
+            if "memory" in repr(error).lower():
+                message = "out of memory: raise --accumulate or lower --batch-size, --context-length"
+            elif store is None:  # else another process is gone, and this one found out
                 raise  # a mistake of ours
-            message = "out of memory: lower --batch-size, --context-length or --n-embd, or use --accumulate"
-        claim = f"errors{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"  # of several processes one says so
-        if store is None or store.add(claim, 1) == 1:
-            print(f"error: {message}", file=sys.stderr)
+        if store is None or store.add("errors" + os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), 1) == 1:
+            print(f"error: {message}", file=sys.stderr)  # of several processes, the first that fails
         sys.exit(1)
     sys.exit(128 + ended_by if ended_by else 0)
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 THREADS = 2  # of torch, here and in the scripts
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+torch.set_num_threads(THREADS)
 
 SENTENCE = "the ship a star we went far into night and light of old moons 'Come!' she said; slowly."
 SIZES = ["--context-length=16", "--n-layer=2", "--n-head=2", "--n-embd=16", "--batch-size=4"]
