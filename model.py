@@ -1,9 +1,10 @@
-"""A GPT-2 style, character-level language model, from scratch. Read it downward.
+"""A GPT-2 style, character-level language model, from scratch. Read it from top to bottom.
 
 The architecture is GPT-2's (Radford et al., 2019, section 2.3): the decoder of "Attention Is All You Need"
 (Vaswani et al., 2017, here [V]) with the norms in front. Two things differ from GPT-2: the positions are the
 fixed sinusoids of [V], not learned, and the output layer has weights of its own.
 Sizes: B batch, T time (characters), C channels (n_embd), H heads, D = C / H head dimension, V vocabulary.
+Logits are probabilities before the softmax: any numbers, the larger the likelier.
 """
 
 import math
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a model. Raises ValueError for impossible ones."""
+    """The sizes of a model. Raises ValueError if they are invalid."""
 
     vocab_size: int
     context_length: int = 128
@@ -31,7 +32,7 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, size in list(asdict(self).items())[:-1]:
+        for name, size in list(asdict(self).items())[:-1]:  # all but the dropout
             if type(size) is not int or not 1 <= size <= (2**16 if name == "context_length" else 2**21):
                 raise ValueError(f"{name} is {size!r}: not a whole number of a possible size")
         if self.n_embd % self.n_head:
@@ -89,7 +90,7 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
     Each pair of channels is a clock hand, slower than the pair before ([V] section 3.5). An odd C works too.
     """
-    exact = {"dtype": torch.float64, "device": "cpu"}  # even where a model has shapes alone
+    exact = {"dtype": torch.float64, "device": "cpu"}  # even under torch.device("meta")
     position = torch.arange(context_length, **exact)[:, None]  # (T, 1)
     frequency = 10000.0 ** (-torch.arange(0, n_embd, 2, **exact) / n_embd)  # (C / 2,)
     angle = position * frequency  # (T, C / 2)
@@ -97,7 +98,7 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b. For few rows x, as in generation, every core reads its slice of W: twice as fast."""
+    """nn.Linear, y = x W^T + b, but faster for few rows x, as in generation: each core reads a slice of W."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`."""
@@ -120,18 +121,18 @@ class Attention(nn.Module):
         Row t of the weights says how much character t takes from each one up to itself; it sums to 1.
         """
         T, D = q.shape[-2:]
-        scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T); sums of D products grow like sqrt(D)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)  # (T, T)
         weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, H, T, T)
         return weights @ v, weights
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-        """The same as one fused kernel, `(B, H, T, D)` in and out. A single query may attend to all keys."""
+        """The same as one fused kernel, `(B, H, T, D)`. A single query is the newest: it may use all keys."""
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(-2) > 1)
 
 
 class KVCache:
-    """The keys and values of what one block has read, `(2, B, H, context_length, D)`, written in place."""
+    """The keys and values of one block, `(2, B, H, context_length, D)`. No later character changes them."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device) -> None:
         shape = (2, batch_size, config.n_head, config.context_length, config.n_embd // config.n_head)
@@ -145,7 +146,7 @@ class KVCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """H attentions side by side, each on D channels of its own, [V] section 3.2.2."""
+    """H attentions side by side, each on D channels computed from all C, [V] section 3.2.2."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -173,12 +174,12 @@ class FeedForward(nn.Module):
         self.contract = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transforms each character's vector, `(B, T, C)` in and out, with GELU in GPT-2's tanh form."""
+        """Transforms each vector, `(B, T, C)` in and out. GELU, a smooth max(0, x), in GPT-2's tanh form."""
         return self.contract(F.gelu(self.expand(x), approximate="tanh"))
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward: each behind a norm, each added to what came in."""
+    """Attention, then feed-forward: each behind a norm, which evens the sizes, and added to x: a residual."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -221,7 +222,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         V, C = config.vocab_size, config.n_embd
-        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)  # drawn below
+        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)  # filled below
         self.register_buffer("positions", sinusoidal_encoding(config.context_length, C), persistent=False)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(C)
@@ -229,13 +230,13 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2 and not p.is_meta:  # as GPT-2: less where 2 n_layer parts of blocks add to x
+            elif p.dim() == 2 and not p.is_meta:  # as GPT-2: smaller where one of 2 n_layer sums adds to x
                 adds = name.endswith(("output.weight", "contract.weight"))
                 std = 0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02
-                nn.init.normal_(p, std=1.0 if p is self.token_embedding.weight else std)  # as the sinusoids
+                nn.init.normal_(p, std=1.0 if p is self.token_embedding.weight else std)  # like sinusoids
 
     def hidden(self, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """The vectors, `(B, T, C)`, of characters, `(B, T)`, that follow those in the caches, if any."""
+        """The vectors, `(B, T, C)`, of characters, `(B, T)`: a text, or one more after those in caches."""
         start = caches[0].length if caches else 0
         end = start + ids.size(1)
         if end > self.config.context_length:
@@ -247,9 +248,9 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The logits, `(B, T, V)`, of what follows each of ids, `(B, T)`; with targets the loss in nats."""
+        """The logits, `(B, T, V)`, of what follows each of ids, `(B, T)`, and the loss against targets."""
         logits = self.lm_head(self.hidden(ids))  # (B, T, V)
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # nats
         return logits, loss
 
     @torch.inference_mode()
@@ -264,8 +265,8 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Continues texts, ids `(B, T)` with T from 1: yields new ids, `(B,)`, as they are drawn by `sample`.
 
-        When the context is full, its newer half is read again and the older forgotten, so that the cost of a
-        character does not grow. The generator seeds each row's noise: no row depends on those beside it.
+        When the context is full, its newer half is read again, at new positions, and the older forgotten: a
+        character's cost does not grow. The generator seeds each row's noise: no row depends on another.
         """
         context_length = self.config.context_length
         seeds = torch.randint(2**62, (ids.size(0),), generator=generator).tolist()
@@ -322,8 +323,7 @@ def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **facts: Any) -
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, CharTokenizer, dict[str, Any]]:
     """Reads what `save_model` wrote: the model, ready to generate, its tokenizer and the facts.
 
-    Runs no code of the file and takes no more memory than its size. Raises OSError, or ValueError if it is no
-    model of this kind or damaged.
+    Runs no code of the file, takes no more memory than its size. Raises OSError, ValueError if it is damaged.
     """
     with open(path, "rb") as file:
         try:
@@ -335,15 +335,15 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Cha
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
             config, tokenizer = GPTConfig(**content["config"]), CharTokenizer(content["vocabulary"])
-            weights, facts = content["weights"], dict(content["facts"])
+            weights, facts = dict(content["weights"]), dict(content["facts"])
             fit = tokenizer.vocab_size == config.vocab_size and len(weights) == 12 * config.n_layer + 4
-            if not fit or 12 * config.n_embd**2 > path.stat().st_size:
+            if not fit or 12 * config.n_embd**2 > path.stat().st_size:  # 12 tensors a block, one 3 C x C
                 raise ValueError("its parts do not fit each other")
             with torch.device("meta"):  # shapes without memory: the file's tensors become the weights
                 model = GPT(config)
             model.load_state_dict(weights, assign=True)
             if any(p.dtype != torch.float32 or not p.is_contiguous() for p in model.parameters()):
                 raise ValueError("its weights are not plain 32-bit numbers")
-        except Exception as error:  # what damage makes the readers raise has no end
+        except Exception as error:  # damage makes the readers raise almost anything
             raise ValueError(f"{path} is damaged or no model: {str(error)[:100]!r}") from error
     return model.to(device).eval(), tokenizer, facts

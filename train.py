@@ -371,13 +371,13 @@ def main() -> None:
     except (ValueError, RuntimeError, AssertionError) as error:
         known = isinstance(error, ValueError)  # or torch has no such device
         parser.error(str(error) if known else f"--device {settings.device} cannot be used here: try cpu")
-    store, rank, world = None, 0, 1
+    sample, store, rank, world = ROOT / "data/sample.txt", None, 0, 1
     try:
         if "WORLD_SIZE" in os.environ:  # torchrun
             store, rank, world = next(dist.rendezvous("env://"))
             dist.init_process_group(store=store, rank=rank, world_size=world)
-        if settings.data == Settings.data and not settings.data.exists():
-            settings = replace(settings, data=ROOT / "data/sample.txt")
+        if settings.data == Settings.data and not settings.data.exists() and sample.exists():
+            settings = replace(settings, data=sample)
             if rank == 0:
                 both = "python bin/download.py, then bash bin/concatenate.sh"
                 print(f"training on data/sample.txt; real books come with {both}", file=sys.stderr)

@@ -84,3 +84,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     workshop = Workshop(tmp_path_factory.mktemp("trained"))
     workshop.train()
     return workshop
+
+
+def damage(kind: str, whole: bytes, path: Path) -> None:
+    """Puts a damaged file there: what is left of a whole one, or something else."""
+    contents = {
+        "of a model": whole,
+        "empty": b"",
+        "text": b"no model",
+        "cut short": whole[: len(whole) // 2],
+        "noise": random.Random(0).randbytes(5000),
+        "flipped": whole[: len(whole) // 2]
+        + bytes([whole[len(whole) // 2] ^ 255])
+        + whole[len(whole) // 2 + 1 :],
+    }
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(contents[kind])

@@ -2,6 +2,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES
+from conftest import SIZES, damage
 
 from model import load_model
 from train import Muon, Run, Settings, load_text, windows_of
@@ -407,42 +408,21 @@ def test_aim_gets_all_there_is_to_see_and_a_resumed_run_goes_on_in_it(workshop):
 
 # Mistakes
 
-WRONG = [
-    ["--steps", "0"],
-    ["--steps", "many"],
-    ["--steps", "1.5"],
-    ["--batch-size", "-1"],
-    ["--batch-size", ""],
-    ["--context-length", "0"],
-    ["--context-length", "1e3"],
-    ["--n-layer", "0"],
-    ["--n-head", "-2"],
-    ["--n-embd", "99999999999"],
-    ["--dropout", "1"],
-    ["--dropout", "nan"],
-    ["--learning-rate", "inf"],
-    ["--learning-rate", "-1"],
-    ["--grad-clip", "0"],
-    ["--warmup-steps", "-1"],
-    ["--weight-decay", "-1"],
-    ["--val-fraction", "0"],
-    ["--val-fraction", "1"],
-    ["--eval-interval", "0"],
-    ["--eval-windows", "0"],
-    ["--seed", "-1"],
-    ["--accumulate", "0"],
-    ["--device", "toaster"],
-    ["--device", "cuda:99"],
-    ["--precision", "fp7"],
-    ["--optimizer", "sgd"],
-    ["--nonsense"],
-    ["stray"],
-]
+WRONG = [["--nonsense"], ["stray"], ["--device", "toaster"], ["--device", "cuda:99"], ["--device", ""]]
+WRONG += [["--precision", "fp7"], ["--precision", ""], ["--optimizer", "sgd"], ["--no-aim=yes"], ["--data"]]
+for f in dataclasses.fields(Settings):
+    flag = "--" + f.name.replace("_", "-")
+    if f.type in (int, float):
+        WRONG += [[flag, value] for value in ("", "many", "nan", "-1", "1,5", "1e99", "9" * 30)]
+    if f.metadata["range"][0] > 0:
+        WRONG += [[flag, "0"]]
+    if f.type is int:
+        WRONG += [[flag, "1.5"], [flag, "1e3"]]
 
 
 @pytest.mark.parametrize("flags", WRONG, ids=" ".join)
 def test_a_wrong_flag_is_one_line_and_status_2(trained, flags):
-    assert flags[0] in trained.run("train.py", *flags, status=2).stderr
+    assert flags[0].partition("=")[0] in trained.run("train.py", *flags, status=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -458,6 +438,9 @@ def test_a_wrong_flag_is_one_line_and_status_2(trained, flags):
         (None, ["--n-head", "3"], "n_head"),
         (None, ["--batch-size", "5", "--accumulate", "2"], "--batch-size 5"),
         (None, ["--model", "train.py/m.pth"], "train.py"),
+        (None, ["--model", "/proc/m.pth"], "/proc"),
+        (b"\xff\xfea\x00b\x00" * 200, [], "not UTF-8"),
+        (b"\x00" * 5, [], "5 characters"),
     ],
 )
 def test_what_cannot_be_trained_on_is_one_line_and_status_1(workshop, text, flags, says):
@@ -465,3 +448,17 @@ def test_what_cannot_be_trained_on_is_one_line_and_status_1(workshop, text, flag
         (workshop.folder / "data/scifi.txt").write_bytes(text)
     assert says in workshop.train(*flags, status=1).stderr
     assert not any(workshop.model.parent.iterdir())
+
+
+def test_without_any_text_the_error_names_the_one_that_is_missing(workshop):
+    shutil.rmtree(workshop.folder / "data")
+    assert "scifi.txt" in workshop.train(status=1).stderr
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty", "text", "cut short", "noise", "flipped", "of a model"])
+def test_a_checkpoint_that_cannot_be_resumed_is_one_line_that_names_it(trained, tmp_path, kind):
+    model = tmp_path / "m.pth"
+    whole = (trained.model if kind == "of a model" else trained.checkpoint).read_bytes()
+    damage(kind, whole, model.with_suffix(".train.pth"))
+    assert "m.train.pth" in trained.train("--resume", "--model", model, status=1).stderr
+    assert not model.exists()
