@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default=fastest, help="cpu, cuda or mps")
     args = parser.parse_args()
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     for flag, value, valid, range_ in (
@@ -104,7 +104,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in repr(error).lower():
+        if not any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
             raise  # a mistake of ours
         sys.exit("error: out of memory: lower --num-samples or --max-new-tokens")
 

@@ -4,7 +4,7 @@ The architecture is GPT-2's (Radford et al., 2019, section 2.3): the decoder of 
 (Vaswani et al., 2017, here [V]) with the norms in front. Two things differ from GPT-2: the positions are the
 fixed sinusoids of [V], not learned, and the output layer has weights of its own.
 Sizes: B batch, T time (characters), C channels (n_embd), H heads, D = C / H head dimension, V vocabulary.
-Logits are probabilities before the softmax: any numbers, the larger the likelier.
+Logits are scores before the softmax makes probabilities of them: the larger, the likelier.
 """
 
 import math
@@ -49,12 +49,12 @@ class CharTokenizer:
             raise ValueError("a vocabulary must be different characters in sorted order")
         self.characters, self.vocab_size = characters, (n := len(characters))
         self.dtype = torch.uint8 if n <= 2**8 else torch.int16 if n <= 2**15 else torch.int32
-        self.id_of = torch.full((0x110000,), -1, dtype=torch.int32)  # by Unicode number; -1 is unknown
+        self.id_of = torch.full((0x110000,), -1, dtype=torch.int32)  # by code point; -1 is unknown
         self.id_of[[*map(ord, characters)]] = torch.arange(self.vocab_size, dtype=torch.int32)
 
     @staticmethod
     def code_points(text: str) -> Iterator[Tensor]:
-        """The Unicode numbers of the characters, in pieces that stay in the processor's cache."""
+        """The code points of the characters, in pieces that stay in the processor's cache."""
         for start in range(0, len(text), 2**18):
             utf32 = text[start : start + 2**18].encode("utf-32", "surrogatepass")
             yield torch.frombuffer(bytearray(utf32), dtype=torch.int32)[1:].long()  # [0] is a byte order mark
@@ -98,18 +98,17 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, y = x W^T + b, but faster for few rows x, as in generation: each core reads a slice of W."""
+    """y = x W^T + b, as nn.Linear, but faster for a single row x, in generation: each core reads a slice of W."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`."""
-        rows, large = x.numel() // self.in_features, self.in_features * self.out_features >= 2**17
-        if not large or rows > 16 or x.device.type != "cpu" or torch.is_grad_enabled():
+        single = x.numel() == self.in_features and self.weight.numel() >= 2**17
+        if not single or x.device.type != "cpu" or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         slices = math.gcd(self.out_features, torch.get_num_threads())
         weight = self.weight.view(slices, -1, self.in_features)  # (slices, out / slices, in)
-        columns = x.reshape(rows, -1).t().expand(slices, -1, -1)  # (slices, in, rows)
-        y = torch.bmm(weight, columns).view(-1, rows).t() + self.bias  # (rows, out)
-        return y.view(*x.shape[:-1], -1)
+        y = torch.bmm(weight, x.view(1, -1, 1).expand(slices, -1, 1))  # (slices, out / slices, 1)
+        return y.view(*x.shape[:-1], -1) + self.bias
 
 
 class Attention(nn.Module):
@@ -201,7 +200,7 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top
     Logits are divided by the temperature; 0 takes the likeliest. Only the `top_k` likeliest count, and of
     those only the likeliest that together reach `top_p` (Holtzman et al., 2020).
     """
-    if temperature == 0:
+    if temperature < 1e-5:  # too small to divide by
         return logits.argmax(dim=-1)
     logits, ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V), the likeliest first
     probs = (logits / temperature).softmax(dim=-1)
@@ -209,7 +208,7 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top
         probs[:, top_k:] = 0
     if top_p is not None and top_p < 1:
         before = probs.cumsum(dim=-1) - probs  # what the likelier ones reach already
-        probs.masked_fill_(before >= top_p * probs.sum(dim=-1, keepdim=True), 0)
+        probs[:, 1:].masked_fill_((before >= top_p * probs.sum(dim=-1, keepdim=True))[:, 1:], 0)
     line = probs.cumsum(dim=-1)  # (B, V): laid end to end, the probabilities make a line
     point = u[:, None] * line[:, -1:]  # (B, 1): a point of it, before its end
     return ids.gather(1, torch.searchsorted(line, point, right=True))[:, 0]
@@ -307,10 +306,8 @@ def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **facts: Any) -
         os.replace(beside, path)
         if folder is not None:
             os.fsync(folder)
-    except (OSError, RuntimeError) as error:
-        reason = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch's writer hides a full disk
+    except (OSError, RuntimeError) as error:  # torch's writer hides the first in the second
+        reason = error if isinstance(error, OSError) else error.__context__
         if isinstance(reason, OSError):
             raise OSError(reason.errno, reason.strerror, str(path)) from None
         raise
@@ -323,7 +320,7 @@ def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **facts: Any) -
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, CharTokenizer, dict[str, Any]]:
     """Reads what `save_model` wrote: the model, ready to generate, its tokenizer and the facts.
 
-    Runs no code of the file, takes no more memory than its size. Raises OSError, ValueError if it is damaged.
+    Runs no code of the file, takes little more memory than its size. OSError, or ValueError if damaged.
     """
     with open(path, "rb") as file:
         try:
@@ -342,8 +339,10 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Cha
             with torch.device("meta"):  # shapes without memory: the file's tensors become the weights
                 model = GPT(config)
             model.load_state_dict(weights, assign=True)
-            if any(p.dtype != torch.float32 or not p.is_contiguous() for p in model.parameters()):
+            if any(p.dtype != torch.float32 or not p.is_contiguous() for p in weights.values()):
                 raise ValueError("its weights are not plain 32-bit numbers")
+            if not all(p.isfinite().all() for p in weights.values()):
+                raise ValueError("its weights are not finite")
         except Exception as error:  # damage makes the readers raise almost anything
             raise ValueError(f"{path} is damaged or no model: {str(error)[:100]!r}") from error
     return model.to(device).eval(), tokenizer, facts

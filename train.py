@@ -50,10 +50,10 @@ class Settings:
     learning_rate: float = setting(0.01, "the highest; adamw alone takes a tenth of it", 0)
     warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
     weight_decay: float = setting(0.0, "pull of the blocks' matrices toward zero", 0)
-    grad_clip: float = setting(1.0, "the length to which longer gradients are cut", 1e-9)
+    grad_clip: float = setting(1.0, "the norm to which larger gradients are cut", 1e-9)
     eval_interval: int = setting(100, "steps from one evaluation and checkpoint to the next", 1)
     eval_windows: int = setting(400, "windows that an evaluation reads of either part", 1)
-    val_fraction: float = setting(0.1, "share of the text, its tail, held out for validation", 1e-9, 1 - 1e-9)
+    val_fraction: float = setting(0.1, "share of the text, its tail, held out for validation", 0.001, 0.999)
     seed: int = setting(1, "decides all that is random", 0, 2**63)
     device: str = setting(FASTEST, "cpu, cuda or mps")
     precision: str = setting("auto", "auto is bf16 where that is faster", choices=("auto", "fp32", "bf16"))
@@ -64,8 +64,8 @@ class Settings:
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), f.metadata["range"]
             if isinstance(value, int | float) and not low <= value <= high:
-                flag = f.name.replace("_", "-")
-                raise ValueError(f"--{flag} is {value}, but must be from {low:g} to {high:g}")
+                name = f.name.replace("_", "-")
+                raise ValueError(f"--{name} is {value}, but must be from {low:g} to {high:g}")
 
 
 def load_text(path: Path) -> tuple[Tensor, CharTokenizer, str]:
@@ -94,28 +94,24 @@ def windows_of(ids: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Tenso
     if min(tail, len(ids) - tail) < T + 1:
         needed = math.ceil((T + 2) / min(share, 1 - share))
         raise ValueError(f"{settings.data} has {len(ids)} characters; these settings need at least {needed}")
-    looks = {}
+    eval_sets = {}
     for name, part in {"train": ids[:-tail], "val": ids[-tail:]}.items():
         stride = max(T, (len(part) - T - 1) // count)  # evenly spread, none over another
-        looks[name] = part.unfold(0, T + 1, stride)[:count].long()
-    return ids[:-tail].unfold(0, T + 1, 1), looks  # the first without a copy
+        eval_sets[name] = part.unfold(0, T + 1, stride)[:count].long()
+    return ids[:-tail].unfold(0, T + 1, 1), eval_sets  # the first without a copy
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are made orthogonal: a matrix moves in all directions alike (Jordan, 2024).
-
-    torch.optim.Muon takes a CPU without bfloat16 40 times as long: here, all matrices of a shape go together.
-    """
+    """Momentum made orthogonal (Jordan, 2024). torch's takes a CPU without bfloat16 40 times as long."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Moves the matrices once."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list] = {}  # pairs of a matrix and its update, both wide, by their shape
+            alike: dict[torch.Size, list] = {}  # all matrices of a shape with their updates, made wide
             for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["average"] = torch.zeros_like(p)
-                average = self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 count = 3 if p.size(0) == 3 * p.size(1) else 1  # queries, keys, values
@@ -129,10 +125,10 @@ class Muon(torch.optim.Optimizer):
                     gram = x @ x.mT
                     gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
                     x = torch.baddbmm(x, gram, x, beta=3.4445)
-                x /= x.norm(dim=1, keepdim=True) + 1e-7  # each neuron as fast as the others (Li et al., 2025)
-                size = 0.2 * math.sqrt(shape[0])  # as large as an update of AdamW (Liu et al., 2025)
+                x /= x.norm(dim=1, keepdim=True) + 1e-7  # columns alike, an idea of NorMuon (Li et al., 2025)
+                rate = 0.2 * math.sqrt(shape[0]) * group["lr"]  # as large as AdamW's (Liu et al., 2025)
                 for (matrix, _), change in zip(pairs, x, strict=True):
-                    matrix.sub_(change, alpha=size * group["lr"])
+                    matrix.sub_(change, alpha=rate)
 
 
 class Run:
@@ -140,25 +136,26 @@ class Run:
 
     def __init__(self, settings: Settings, rank: int = 0, world: int = 1) -> None:
         self.settings, self.rank, self.world = settings, rank, world
-        if settings.batch_size % (world * settings.accumulate):
-            parts = f"{world} processes x {settings.accumulate} parts"
-            raise ValueError(f"--batch-size {settings.batch_size} does not divide by {parts}")
+        self.part, left = divmod(settings.batch_size, world * settings.accumulate)  # rows computed at once
+        if left:
+            raise ValueError(f"--batch-size must divide by {world} processes x {settings.accumulate} parts")
         self.device = torch.device(settings.device)
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
+            torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32
         self.precision = self.autocast()
         ids, self.tokenizer, digest = load_text(settings.data)
-        self.windows, self.looks = windows_of(ids, settings)
+        self.windows, self.eval_sets = windows_of(ids, settings)
         sizes = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)[1:]}
         config = GPTConfig(self.tokenizer.vocab_size, **sizes)
-        self.fixed = {"optimizer": settings.optimizer, "val_fraction": settings.val_fraction, "text": digest}
-        self.fixed |= asdict(config)  # what no resumed run may change
+        same = ("optimizer", "weight_decay", "val_fraction", "eval_windows")
+        self.fixed = {**asdict(config), "text": digest, **{name: getattr(settings, name) for name in same}}
         self.seed_all()
         self.model = GPT(config).to(self.device)
         self.optimizers = self.make_optimizers()
         self.step, self.best, self.aim, self.aim_hash = 0, math.inf, None, None
-        self.checkpoint = settings.model.with_suffix(".train.pth")
+        self.checkpoint = settings.model.with_name(settings.model.name.removesuffix(".pth") + ".train.pth")
         if settings.resume and self.checkpoint.exists():
             self.restore()
         elif settings.resume and rank == 0:
@@ -166,6 +163,9 @@ class Run:
         self.forward = torch.compile(self.model) if settings.compile else self.model
         if world > 1:
             self.forward = torch.nn.parallel.DistributedDataParallel(self.forward)
+            dist.all_gather_object(steps := [0] * world, self.step)
+            if len(set(steps)) > 1:
+                raise ValueError(f"the processes are at steps {steps}: let all see the folder of --model")
         if rank == 0:
             settings.model.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=settings.model.parent).close()  # fails now, not after an hour
@@ -174,8 +174,7 @@ class Run:
         """The precision of matrix products: bf16 where it is faster or asked for, else fp32."""
         cpu = getattr(torch.cpu, "get_capabilities", dict)()  # older torches cannot tell
         fast = self.device.type == "cpu" and cpu.get("avx512_bf16", False) and self.settings.n_embd >= 128
-        if self.device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast |= self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         enabled = self.settings.precision == "bf16" or (self.settings.precision == "auto" and fast)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
@@ -201,9 +200,8 @@ class Run:
     def restore(self) -> None:
         """Goes on from the checkpoint. Raises ValueError if its run was another."""
         model, _, facts = load_model(self.checkpoint)
-        if (before := dict(facts.get("fixed", {}))) != self.fixed:
-            differ = [f"{name} {value}" for name, value in before.items() if self.fixed.get(name) != value]
-            raise ValueError(f"{self.checkpoint} was trained with {', '.join(differ) or 'something else'}")
+        if (before := facts.get("fixed", {})) != self.fixed:
+            raise ValueError(f"{self.checkpoint} was made with {dict(before.items() - self.fixed.items())}")
         self.model.load_state_dict(model.state_dict())
         for optimizer, state in zip(self.optimizers, facts["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -216,7 +214,7 @@ class Run:
         save_model(self.checkpoint, self.model, self.tokenizer, **facts)
 
     def take_step(self) -> tuple[Tensor, Tensor]:
-        """Moves the weights once. Returns the loss and the gradient's length, on the device, not awaited."""
+        """Moves the weights once. Returns the loss and the gradient's norm, on the device, not awaited."""
         settings, losses = self.settings, []
         self.model.train()
         self.seed_all(self.step)
@@ -225,10 +223,10 @@ class Run:
             self.seed_all(self.step, self.rank)
         rows = self.windows[starts.chunk(self.world)[self.rank]].long()
         rows = rows.pin_memory() if self.device.type == "cuda" else rows
-        parts = rows.to(self.device, non_blocking=True).chunk(settings.accumulate)  # each (B, T + 1)
-        for part in parts:
+        rows = rows.to(self.device, non_blocking=self.device.type == "cuda")
+        for part in rows.split(self.part):  # (B, T + 1)
             with self.precision:
-                loss = self.forward(part[:, :-1], part[:, 1:])[1] / len(parts)
+                loss = self.forward(part[:, :-1], part[:, 1:])[1] / settings.accumulate
             loss.backward()
             losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
@@ -245,18 +243,20 @@ class Run:
         """The mean loss on the fixed windows of both parts, in nats. Saves the model if it is the best."""
         loss = {}
         self.model.eval()
-        for name, rows in self.looks.items():
-            parts = rows.to(self.device).split(self.settings.batch_size)
+        for name, rows in self.eval_sets.items():
+            parts = rows.to(self.device).split(self.part)
             with self.precision:
                 sums = [self.model(part[:, :-1], part[:, 1:])[1] * len(part) for part in parts]
             loss[name] = torch.stack(sums).sum().item() / len(rows)
+        if not math.isfinite(loss["val"]):
+            raise ValueError(f"step {self.step}: validation loss {loss['val']}; lower --learning-rate")
         if self.step > 0 and loss["val"] < self.best:
             self.best = loss["val"]
             save_model(self.settings.model, self.model, self.tokenizer, step=self.step, val_loss=self.best)
         return loss
 
     @torch.no_grad()
-    def sights(self) -> Iterator[tuple[str, Any, dict[str, int]]]:
+    def media(self) -> Iterator[tuple[str, Any, dict[str, int]]]:
         """What there is to see, each with its name and context: a passage written, and at times pictures."""
         from aim import Image, Text
 
@@ -264,7 +264,7 @@ class Run:
             zoom = math.ceil(384 / len(values))
             return Image(values.kron(torch.ones(zoom, zoom, device=values.device)), caption=caption)
 
-        window, seen = self.looks["val"][0].to(self.device), []  # (T + 1,)
+        window, seen = self.eval_sets["val"][0].to(self.device), []  # (T + 1,)
         new = self.model.generate(window[None, :1], 300, 0.8, generator=torch.Generator().manual_seed(1))
         yield "passage", Text(self.tokenizer.decode(torch.cat([window[:1], *new]))), {}
         if self.step == 0:
@@ -272,8 +272,7 @@ class Run:
         if self.step % (4 * self.settings.eval_interval) == 0:
             for block, module in enumerate(self.model.blocks):
                 attention = module.attention.attention
-                hook = attention.register_forward_hook(lambda a, qkv, _: seen.append(a.explicit(*qkv[:3])[1]))
-                with hook:
+                with attention.register_forward_hook(lambda a, qkv, _: seen.append(a.explicit(*qkv[:3])[1])):
                     self.model(window[None, :-1])
                 heads = torch.cat([*seen.pop()[0].sqrt()], dim=1)  # (T, H T)
                 yield "attention", picture(heads, f"block {block}, a square a head"), {"block": block}
@@ -295,15 +294,13 @@ class Run:
 
     def track(self, loss: dict[str, float], numbers: dict[str, float]) -> None:
         """Shows an evaluation in `aim up`. If aim fails, training goes on without it, and a line says so."""
-        if self.aim is False:
-            return
         try:
             self.aim = self.aim or self.open_aim()
             self.aim.track(numbers, step=self.step)
             for subset, nats in loss.items():
                 both = {"loss": nats, "bits_per_character": nats / math.log(2)}
                 self.aim.track(both, step=self.step, context={"subset": subset})
-            for name, value, context in self.sights():
+            for name, value, context in self.media():
                 self.aim.track(value, name=name, step=self.step, context=context)
         except Exception as error:
             self.aim = False
@@ -321,10 +318,10 @@ def train(run: Run) -> int:
     signal.signal(signal.SIGINT, catch)
     signal.signal(signal.SIGTERM, catch)
     chars = settings.batch_size * settings.context_length  # in a step
-    look = {"unit": "char", "unit_scale": True, "mininterval": 0.5, "dynamic_ncols": True}
+    style = {"unit": "char", "unit_scale": True, "mininterval": 0.5, "dynamic_ncols": True}
     loss = norm = torch.zeros(())
     drawn, done, numbers, since, clock = False, False, {}, run.step, time.perf_counter()
-    with tqdm(total=settings.steps * chars, initial=run.step * chars, disable=not first, **look) as bar:
+    with tqdm(total=settings.steps * chars, initial=run.step * chars, disable=not first, **style) as bar:
         while not done:
             ended_by = torch.tensor(max(caught, default=0))
             if run.world > 1:  # all stop at the same step
@@ -342,15 +339,16 @@ def train(run: Run) -> int:
                 val = f"val loss {mean['val']:.4f} ({mean['val'] / math.log(2):.2f} bits/char)"
                 with bar.external_write_mode():
                     print(f"step {run.step}: train loss {mean['train']:.4f}, {val}", flush=True)
-                run.track(mean, numbers)
+                if run.aim is not False:  # as it is once aim has failed
+                    run.track(mean, numbers)
             if first and moved and (due or done):
                 run.save()
                 since, clock = run.step, time.perf_counter()
             if not done:
                 loss, norm = run.take_step()
                 drawn = bar.update(chars)
-    if first and ended_by:
-        print(f"stopped at step {run.step}; python train.py --resume goes on from there", file=sys.stderr)
+    if first and ended_by and moved:
+        print(f"stopped at step {run.step}: the same command with --resume goes on", file=sys.stderr)
     return int(ended_by)
 
 
@@ -361,21 +359,23 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> None:
     """Trains as the command line says."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to save, Ctrl-C ends it quietly
     parser = _Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Settings):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind, **f.metadata["flag"])
     try:
         settings = Settings(**vars(parser.parse_args()))
-        torch.empty(0, device=settings.device)
+        torch.zeros(1, device=settings.device).item()
     except (ValueError, RuntimeError, AssertionError) as error:
-        known = isinstance(error, ValueError)  # or torch has no such device
-        parser.error(str(error) if known else f"--device {settings.device} cannot be used here: try cpu")
+        unknown = f"no --device {settings.device}: try cpu"
+        parser.error(str(error) if isinstance(error, ValueError) else unknown)
     sample, store, rank, world = ROOT / "data/sample.txt", None, 0, 1
     try:
         if "WORLD_SIZE" in os.environ:  # torchrun
             store, rank, world = next(dist.rendezvous("env://"))
-            dist.init_process_group(store=store, rank=rank, world_size=world)
+            backend = "cpu:gloo,cuda:nccl" if settings.device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         if settings.data == Settings.data and not settings.data.exists() and sample.exists():
             settings = replace(settings, data=sample)
             if rank == 0:
@@ -385,7 +385,7 @@ def main() -> None:
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         message = str(error)
         if not isinstance(error, OSError | ValueError):
-            if "memory" in repr(error).lower():
+            if any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
                 message = "out of memory: raise --accumulate or lower --batch-size, --context-length"
             elif store is None:  # else another process is gone, and this one found out
                 raise  # a mistake of ours

@@ -302,7 +302,9 @@ def test_the_highest_noise_still_draws_a_character_that_counts():
         assert sample(logits, u, 1.0, 3, 0.9).item() in logits[0].topk(3).indices
 
 
-@pytest.mark.parametrize("limits", [(1.0, 1, None), (5.0, 1, 0.5), (0, None, None), (1.0, None, 1e-9)])
+@pytest.mark.parametrize(
+    "limits", [(1.0, 1, None), (5.0, 1, 0.5), (0, None, None), (1.0, None, 1e-50), (1e-40, None, None)]
+)
 def test_one_candidate_is_the_likeliest(limits):
     logits, u = torch.randn(64, 20), torch.rand(64)
     assert torch.equal(sample(logits, u, *limits), logits.argmax(-1))
@@ -447,6 +449,7 @@ def spoil(**changes):
         spoil(weights=lambda w: {**w, "lm_head.weight": w["lm_head.weight"].double()}),
         spoil(weights=lambda w: {**w, "lm_head.weight": torch.zeros(1, 1).expand(11, 16)}),
         spoil(weights=lambda w: {**w, "lm_head.weight": 5}),
+        spoil(weights=lambda w: {**w, "lm_head.weight": w["lm_head.weight"] * math.nan}),
         spoil(weights=lambda _: Bomb()),
         lambda content: content.clear(),
     ],

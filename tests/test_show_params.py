@@ -1,5 +1,8 @@
 import re
+import shlex
 import subprocess
+
+import pytest
 
 from model import load_model
 
@@ -37,3 +40,12 @@ def test_a_reader_that_leaves_ends_it_quietly(trained):
 
 def test_a_wrong_flag_is_one_line_and_status_2(trained):
     assert "--nonsense" in trained.run("show_params.py", "--nonsense", status=2).stderr
+
+
+@pytest.mark.parametrize("words", [["show_params.py"], ["inference.py", "--prompt", "we"]])
+def test_output_that_cannot_be_written_is_one_line_and_output_that_is_closed_is_quiet(trained, words):
+    command = shlex.join(trained.command(*words))
+    full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True)
+    assert full.returncode == 1 and re.fullmatch("error: .*No space.*\n", full.stderr)
+    closed = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
+    assert closed.returncode == 0 and closed.stderr == ""

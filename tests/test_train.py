@@ -72,14 +72,14 @@ def test_the_tail_is_held_out_and_too_short_a_text_is_refused_with_both_lengths(
     needed = None
     for length in range(0, 400):
         try:
-            windows, looks = windows_of(torch.arange(length), settings)
+            windows, eval_sets = windows_of(torch.arange(length), settings)
         except ValueError as error:
             found, needed = map(int, re.findall(r"(\d+) characters.*at least (\d+)", str(error))[0])
             assert found == length
             continue
         border = length - round(length * share)
         assert windows.tolist() == [[*range(i, i + 17)] for i in range(border - 16)]
-        assert looks["train"].max() < border <= looks["val"].min()
+        assert eval_sets["train"].max() < border <= eval_sets["val"].min()
     windows_of(torch.arange(needed), settings)
 
 
@@ -193,19 +193,34 @@ def test_the_evaluation_is_the_mean_over_the_fixed_windows_and_leaves_no_trace(w
     run.take_step()
     found = run.evaluate()
     assert run.evaluate() == found
-    for name, rows in run.looks.items():
+    for name, rows in run.eval_sets.items():
         losses = [run.model(row[None, :-1], row[None, 1:])[1].item() for row in rows]
         assert found[name] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"n_layer": 1}, {"n_embd": 32}, {"context_length": 8}, {"optimizer": "adamw"}, {"dropout": 0.5}],
+    [
+        {"n_layer": 1},
+        {"n_embd": 32},
+        {"context_length": 8},
+        {"dropout": 0.5},
+        {"optimizer": "adamw"},
+        {"weight_decay": 0.5},
+        {"val_fraction": 0.2},
+        {"eval_windows": 3},
+    ],
 )
 def test_resuming_with_what_is_fixed_for_a_run_changed_is_refused_by_name(workshop, change):
     Run(settings_of(workshop)).save()
     with pytest.raises(ValueError, match=next(iter(change))):
         Run(settings_of(workshop, resume=True, **change))
+
+
+def test_models_beside_each_other_have_checkpoints_of_their_own(workshop):
+    folder = workshop.model.parent
+    names = {Run(settings_of(workshop, model=folder / name)).checkpoint.name for name in ("a.1", "a.2", "a")}
+    assert names == {"a.1.train.pth", "a.2.train.pth", "a.train.pth"}
 
 
 def test_resuming_on_another_text_is_refused_and_other_steps_are_not(workshop):
@@ -266,29 +281,16 @@ def test_chinese_with_thousands_of_characters_is_learned(workshop):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(workshop, number, status):
-    flags = [
-        "--no-aim",
-        "--batch-size",
-        4,
-        "--context-length",
-        16,
-        "--n-embd",
-        16,
-        "--n-head",
-        2,
-        "--steps",
-        3000,
-        "--eval-interval",
-        20,
-    ]
+    flags = ["--no-aim", *SIZES, "--steps", 3000, "--eval-interval", 20]
     process = subprocess.Popen(
         workshop.command("train.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     lines = [process.stdout.readline() for _ in range(3)]
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == status and "--resume" in err and "Traceback" not in err
     stopped = load_model(workshop.checkpoint)[2]["step"]
+    assert process.returncode == status and "Traceback" not in err
+    assert f"stopped at step {stopped}: the same command with --resume goes on" in err
     assert LINE.match(lines[-1]).group(1) == "40" and stopped >= 40
     resumed = workshop.run("train.py", *flags, "--resume", "--steps", stopped + 20)
     assert int(LINE.match(resumed.stdout).group(1)) > stopped
@@ -324,11 +326,17 @@ def test_a_diverged_run_stops_and_leaves_the_best_model(workshop):
     assert (workshop.model.read_bytes(), workshop.checkpoint.read_bytes()) == before
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_several_processes_learn_as_one(workshop, processes):
-    flags = ["--no-aim", *SIZES, "--batch-size", "12", "--model", str(workshop.folder / "models/many.pth")]
-    alone = workshop.run("train.py", *flags).stdout
-    torchrun = [
+def test_an_update_that_ruins_the_model_is_not_saved(workshop):
+    workshop.train()
+    before = workshop.model.read_bytes(), workshop.checkpoint.read_bytes()
+    flags = ["--resume", "--steps=9", "--eval-interval=1", "--learning-rate=1e9", "--grad-clip=1e9"]
+    with pytest.raises(AssertionError, match=r"error: step \d+: .* lower --learning-rate"):
+        workshop.train(*flags)
+    assert (workshop.model.read_bytes(), workshop.checkpoint.read_bytes()) == before
+
+
+def torchrun(workshop, processes: int, *flags: str) -> subprocess.CompletedProcess:
+    command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
@@ -336,13 +344,25 @@ def test_several_processes_learn_as_one(workshop, processes):
         "--nproc-per-node",
         str(processes),
     ]
-    together = subprocess.run(
-        [*torchrun, *workshop.command("train.py", *flags)[1:]],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command += workshop.command("train.py", "--no-aim", *SIZES, *flags)[1:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_of_several_processes_one_says_what_is_wrong(workshop):
+    done = torchrun(workshop, 2, "--batch-size=5")
+    assert done.returncode == 1
+    assert re.findall("^error: .*", done.stderr, re.M) == [
+        "error: --batch-size must divide by 2 processes x 1 parts"
+    ]
+    assert 'train.py", line' not in done.stderr
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_several_processes_learn_as_one(workshop, processes):
+    flags = ["--batch-size=12", f"--model={workshop.folder / 'models/many.pth'}"]
+    alone = workshop.train(*flags).stdout
+    together = torchrun(workshop, processes, *flags)
     assert together.returncode == 0, together.stderr
     numbers = [[float(x) for x in re.findall(r"\d+\.\d+", text)] for text in (alone, together.stdout)]
     assert len(numbers[0]) == 9 and numbers[1] == pytest.approx(numbers[0], abs=2e-3)
@@ -436,7 +456,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(trained, flags):
         (None, ["--data", "memory.txt"], "memory.txt"),
         (None, ["--data", "."], "directory"),
         (None, ["--n-head", "3"], "n_head"),
-        (None, ["--batch-size", "5", "--accumulate", "2"], "--batch-size 5"),
+        (None, ["--batch-size", "5", "--accumulate", "2"], "--batch-size"),
         (None, ["--model", "train.py/m.pth"], "train.py"),
         (None, ["--model", "/proc/m.pth"], "/proc"),
         (b"\xff\xfea\x00b\x00" * 200, [], "not UTF-8"),
