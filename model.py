@@ -98,7 +98,7 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, as nn.Linear, but faster for a single row x, in generation: each core reads a slice of W."""
+    """y = x W^T + b, as nn.Linear, but faster for one row x, in generation: each core reads a slice of W."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(..., in_features)` to `(..., out_features)`."""

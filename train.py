@@ -368,8 +368,8 @@ def main() -> None:
         settings = Settings(**vars(parser.parse_args()))
         torch.zeros(1, device=settings.device).item()
     except (ValueError, RuntimeError, AssertionError) as error:
-        unknown = f"no --device {settings.device}: try cpu"
-        parser.error(str(error) if isinstance(error, ValueError) else unknown)
+        known = isinstance(error, ValueError)  # else torch has no such device
+        parser.error(str(error) if known else f"no --device {settings.device} to be used here: try cpu")
     sample, store, rank, world = ROOT / "data/sample.txt", None, 0, 1
     try:
         if "WORLD_SIZE" in os.environ:  # torchrun
