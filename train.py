@@ -146,7 +146,7 @@ class Run:
             torch.set_float32_matmul_precision("high")  # TF32
         self.precision = self.autocast()
         ids, self.tokenizer, digest = load_text(settings.data)
-        self.windows, self.eval_sets = windows_of(ids, settings)
+        self.characters, (self.windows, self.eval_sets) = len(ids), windows_of(ids, settings)
         sizes = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)[1:]}
         config = GPTConfig(self.tokenizer.vocab_size, **sizes)
         same = ("optimizer", "weight_decay", "val_fraction", "eval_windows")
@@ -265,7 +265,7 @@ class Run:
             return Image(values.kron(torch.ones(zoom, zoom, device=values.device)), caption=caption)
 
         window, seen = self.eval_sets["val"][0].to(self.device), []  # (T + 1,)
-        new = self.model.generate(window[None, :1], 300, 0.8, generator=torch.Generator().manual_seed(1))
+        new = self.model.generate(window[None, :1], 200, 0.8, generator=torch.Generator().manual_seed(1))
         yield "passage", Text(self.tokenizer.decode(torch.cat([window[:1], *new]))), {}
         if self.step == 0:
             yield "positions", picture(self.model.positions / 2 + 0.5, "a row a position"), {}
@@ -286,8 +286,8 @@ class Run:
 
         shown = aim.Run(self.aim_hash, repo=ROOT, system_tracking_interval=None, capture_terminal_logs=False)
         shown.name = f"{settings.data.stem} {settings.n_layer}x{settings.n_embd} {settings.optimizer}"
-        facts = {**asdict(settings), **self.fixed, "characters": len(self.windows), "device": self.device}
-        facts |= {"parameters": sum(p.numel() for p in self.model.parameters()), "torch": torch.__version__}
+        facts = {**asdict(settings), **self.fixed, "device": self.device, "torch": torch.__version__}
+        facts |= {"characters": self.characters, "parameters": sum(map(torch.numel, self.model.parameters()))}
         shown["hparams"] = {name: v if isinstance(v, int | float) else str(v) for name, v in facts.items()}
         self.aim_hash = shown.hash
         return shown
