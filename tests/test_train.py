@@ -428,6 +428,33 @@ def test_aim_gets_all_there_is_to_see_and_a_resumed_run_goes_on_in_it(workshop):
 
 # Mistakes
 
+LITTLE_MEMORY = """
+import resource, runpy, sys, train
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29, resource.RLIM_INFINITY))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and its limits")
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["train.py", "--no-aim", *SIZES, "--batch-size=1000000"], "--batch-size"),
+        (["inference.py", "--prompt=we", "--num-samples=65535", "--max-new-tokens=1000"], "--num-samples"),
+    ],
+)
+def test_out_of_memory_is_one_line_that_names_what_to_lower(trained, tmp_path, words, advice):
+    if words[0] == "train.py":
+        words = [*words, f"--model={tmp_path / 'm.pth'}"]
+    command = [sys.executable, "-c", LITTLE_MEMORY, *words]
+    done = subprocess.run(command, cwd=trained.folder, capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last.startswith("error: out of memory") and advice in last
+
+
 WRONG = [["--nonsense"], ["stray"], ["--device", "toaster"], ["--device", "cuda:99"], ["--device", ""]]
 WRONG += [["--precision", "fp7"], ["--precision", ""], ["--optimizer", "sgd"], ["--no-aim=yes"], ["--data"]]
 for f in dataclasses.fields(Settings):
