@@ -320,7 +320,7 @@ def train(run: Run) -> int:
     chars = settings.batch_size * settings.context_length  # in a step
     style = {"unit": "char", "unit_scale": True, "mininterval": 0.5, "dynamic_ncols": True}
     loss = norm = torch.zeros(())
-    drawn, done, numbers, since, clock = False, False, {}, run.step, time.perf_counter()
+    drawn, done, since, clock = False, False, run.step, time.perf_counter()
     with tqdm(total=settings.steps * chars, initial=run.step * chars, disable=not first, **style) as bar:
         while not done:
             ended_by = torch.tensor(max(caught, default=0))
@@ -329,18 +329,18 @@ def train(run: Run) -> int:
             moved, done = run.step > began, bool(ended_by) or run.step >= settings.steps
             due = run.step % settings.eval_interval == 0 or run.step == settings.steps
             if moved and (drawn or due or done):  # to look at the loss is to wait for the device
-                numbers = {"learning_rate": run.learning_rate(), "gradient_norm": norm.item()}
-                numbers["characters_per_second"] = (run.step - since) * chars / (time.perf_counter() - clock)
                 if not math.isfinite(loss + norm):
                     raise ValueError(f"step {run.step}: loss {loss}, gradient {norm}; lower --learning-rate")
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if first and due and (moved or run.step == 0):
+                numbers = {"learning_rate": run.learning_rate(), "gradient_norm": norm.item()}
+                numbers["characters_per_second"] = (run.step - since) * chars / (time.perf_counter() - clock)
                 mean = run.evaluate()
                 val = f"val loss {mean['val']:.4f} ({mean['val'] / math.log(2):.2f} bits/char)"
                 with bar.external_write_mode():
                     print(f"step {run.step}: train loss {mean['train']:.4f}, {val}", flush=True)
                 if run.aim is not False:  # as it is once aim has failed
-                    run.track(mean, numbers)
+                    run.track(mean, numbers if moved else {})
             if first and moved and (due or done):
                 run.save()
                 since, clock = run.step, time.perf_counter()
