@@ -47,7 +47,7 @@ class Settings:
     n_embd: int = setting(128, "channels", 1)
     dropout: float = setting(0.0, "share of activations dropped, against overfitting a small text", 0, 0.99)
     optimizer: str = setting("muon", "what moves the blocks' matrices", choices=("muon", "adamw"))
-    learning_rate: float = setting(0.01, "the highest; adamw alone takes a tenth of it", 0)
+    learning_rate: float = setting(0.014, "the highest; adamw alone takes a tenth of it", 0)
     warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
     weight_decay: float = setting(0.0, "pull of the blocks' matrices toward zero", 0)
     grad_clip: float = setting(1.0, "the norm to which larger gradients are cut", 1e-9)
@@ -110,9 +110,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike: dict[torch.Size, list] = {}  # all matrices of a shape with their updates, made wide
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
+                state, momentum = self.state[p], group["momentum"]
+                average = state["average"] = p.grad.lerp(state.get("average", p.grad), momentum)
+                update = p.grad.lerp(average, momentum)  # Nesterov's look ahead
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 count = 3 if p.size(0) == 3 * p.size(1) else 1  # queries, keys, values
                 for pair in zip(p.chunk(count), update.chunk(count), strict=True):
@@ -183,8 +183,8 @@ class Run:
         matrices = [p for p in self.model.blocks.parameters() if p.dim() == 2]
         rest = [p for p in self.model.parameters() if all(p is not matrix for matrix in matrices)]
         groups = [{"params": rest}, {"params": matrices, "weight_decay": self.settings.weight_decay}]
-        muon = [Muon([groups.pop()], {"momentum": 0.95})] if self.settings.optimizer == "muon" else []
-        return [*muon, torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+        muon = [Muon([groups.pop()], {"momentum": 0.9})] if self.settings.optimizer == "muon" else []
+        return [*muon, torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0.0, fused=True)]
 
     def learning_rate(self) -> float:
         """Up while the optimizers' averages fill, then down to zero: small steps average out the noise."""
