@@ -27,8 +27,7 @@ FASTEST = str(torch.accelerator.current_accelerator(check_available=True) or "cp
 
 def setting(default: Any, help: str, low: float = -math.inf, high: float = 1e9, **flag: Any) -> Any:
     """A field of the settings: its default, its line of help, the numbers that it admits."""
-    flag = {"default": default, "help": help, **flag}
-    return field(default=default, metadata={"flag": flag, "range": (low, high)})
+    return field(default=default, metadata={"flag": {"help": help, **flag}, "range": (low, high)})
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class Settings:
             if isinstance(value, int | float) and not low <= value <= high:
                 name = f.name.replace("_", "-")
                 raise ValueError(f"--{name} is {value}, but must be from {low:g} to {high:g}")
+        if self.n_embd % self.n_head or self.batch_size % self.accumulate:
+            raise ValueError("--n-embd must be a multiple of --n-head, and --batch-size of --accumulate")
 
 
 def load_text(path: Path) -> tuple[Tensor, CharTokenizer, str]:
@@ -138,7 +139,7 @@ class Run:
         self.settings, self.rank, self.world = settings, rank, world
         self.part, left = divmod(settings.batch_size, world * settings.accumulate)  # rows computed at once
         if left:
-            raise ValueError(f"--batch-size must divide by {world} processes x {settings.accumulate} parts")
+            raise ValueError(f"--batch-size must be a multiple of {world} processes x {settings.accumulate}")
         self.device = torch.device(settings.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
@@ -194,8 +195,8 @@ class Run:
 
     def seed_all(self, *numbers: int) -> None:
         """Makes what is random depend on the seed and these numbers alone: no step on those before it."""
-        digest = hashlib.sha256(repr((self.settings.seed, *numbers)).encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:4], "big"))  # torch's CPU generator heeds no more bits
+        digest = hashlib.sha256(repr((self.settings.seed, *numbers)).encode()).hexdigest()
+        torch.manual_seed(int(digest[:8], 16))  # 32 bits: torch's CPU generator heeds no more
 
     def restore(self) -> None:
         """Goes on from the checkpoint. Raises ValueError if its run was another."""
@@ -219,8 +220,7 @@ class Run:
         self.model.train()
         self.seed_all(self.step)
         starts = torch.randint(len(self.windows), (settings.batch_size,))
-        if self.world > 1:  # each process takes its slice of the same batch, with its own dropout
-            self.seed_all(self.step, self.rank)
+        self.seed_all(self.step, self.rank)  # each process's own dropout, on its slice of the same batch
         rows = self.windows[starts.chunk(self.world)[self.rank]].long()
         rows = rows.pin_memory() if self.device.type == "cuda" else rows
         rows = rows.to(self.device, non_blocking=self.device.type == "cuda")
@@ -265,7 +265,7 @@ class Run:
             return Image(values.kron(torch.ones(zoom, zoom, device=values.device)), caption=caption)
 
         window, seen = self.eval_sets["val"][0].to(self.device), []  # (T + 1,)
-        new = self.model.generate(window[None, :1], 200, 0.8, generator=torch.Generator().manual_seed(1))
+        new = self.model.generate(window[None, :1], 120, 0.8, generator=torch.Generator().manual_seed(1))
         yield "passage", Text(self.tokenizer.decode(torch.cat([window[:1], *new]))), {}
         if self.step == 0:
             yield "positions", picture(self.model.positions / 2 + 0.5, "a row a position"), {}
@@ -363,7 +363,7 @@ def main() -> None:
     parser = _Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Settings):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind, **f.metadata["flag"])
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata["flag"])
     try:
         settings = Settings(**vars(parser.parse_args()))
         torch.zeros(1, device=settings.device).item()
@@ -383,11 +383,11 @@ def main() -> None:
                 print(f"training on data/sample.txt; real books come with {both}", file=sys.stderr)
         ended_by = train(Run(settings, rank, world))
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        message = str(error)
+        message = str(error).partition("\n")[0]
         if not isinstance(error, OSError | ValueError):
             if any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
                 message = "out of memory: raise --accumulate or lower --batch-size, --context-length"
-            elif store is None:  # else another process is gone, and this one found out
+            elif store is None and not settings.compile:  # else another process is gone, or a compiler
                 raise  # a mistake of ours
         if store is None or store.add("errors" + os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), 1) == 1:
             print(f"error: {message}", file=sys.stderr)  # of several processes, the first that fails

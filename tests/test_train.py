@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -56,6 +57,22 @@ def test_what_is_not_utf8_is_refused_with_its_first_bad_byte(tmp_path, before, b
     position = oracle.value.start
     with pytest.raises(ValueError, match=rf"position {position}\b"):
         load_text(path)
+
+
+def test_a_text_that_changes_while_it_is_read_is_read_in_one_of_its_states(tmp_path, monkeypatch):
+    path, states, read = tmp_path / "t.txt", ["one and " * 400, "another " * 300], Path.read_bytes
+    path.write_text(states[0])
+
+    def read_bytes(self: Path) -> bytes:
+        data = read(self)
+        self.write_text(states[1])
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    for state in states:
+        ids, tokenizer, digest = load_text(path)
+        assert tokenizer.decode(ids) == state
+        assert digest == hashlib.sha256(state.encode()).hexdigest()
 
 
 def test_texts_have_the_same_digest_only_if_they_are_the_same(tmp_path):
@@ -353,7 +370,7 @@ def test_of_several_processes_one_says_what_is_wrong(workshop):
     done = torchrun(workshop, 2, "--batch-size=5")
     assert done.returncode == 1
     assert re.findall("^error: .*", done.stderr, re.M) == [
-        "error: --batch-size must divide by 2 processes x 1 parts"
+        "error: --batch-size must be a multiple of 2 processes x 1"
     ]
     assert 'train.py", line' not in done.stderr
 
@@ -455,8 +472,17 @@ def test_out_of_memory_is_one_line_that_names_what_to_lower(trained, tmp_path, w
     assert last.startswith("error: out of memory") and advice in last
 
 
+def test_without_a_compiler_compile_is_answered_with_one_line(trained, tmp_path):
+    nothing = {"PATH": str(tmp_path), "CXX": "no-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = trained.command("train.py", "--no-aim", "--compile", *SIZES, f"--model={tmp_path / 'm.pth'}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **nothing})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "compiler" in done.stderr.splitlines()[-1]
+
+
 WRONG = [["--nonsense"], ["stray"], ["--device", "toaster"], ["--device", "cuda:99"], ["--device", ""]]
 WRONG += [["--precision", "fp7"], ["--precision", ""], ["--optimizer", "sgd"], ["--no-aim=yes"], ["--data"]]
+WRONG += [["--n-head", "3"], ["--n-embd", "130"], ["--batch-size", "5", "--accumulate", "2"]]
 for f in dataclasses.fields(Settings):
     flag = "--" + f.name.replace("_", "-")
     if f.type in (int, float):
@@ -482,8 +508,6 @@ def test_a_wrong_flag_is_one_line_and_status_2(trained, flags):
         (None, ["--data", "missing.txt"], "missing.txt"),
         (None, ["--data", "memory.txt"], "memory.txt"),
         (None, ["--data", "."], "directory"),
-        (None, ["--n-head", "3"], "n_head"),
-        (None, ["--batch-size", "5", "--accumulate", "2"], "--batch-size"),
         (None, ["--model", "train.py/m.pth"], "train.py"),
         (None, ["--model", "/proc/m.pth"], "/proc"),
         (b"\xff\xfea\x00b\x00" * 200, [], "not UTF-8"),
