@@ -51,7 +51,7 @@ class Settings:
     weight_decay: float = setting(0.3, "pull of the blocks' matrices toward zero", 0)
     grad_clip: float = setting(1.0, "the norm to which larger gradients are cut", 1e-9)
     eval_interval: int = setting(100, "steps from one evaluation and checkpoint to the next", 1)
-    eval_windows: int = setting(400, "windows that an evaluation reads of either part", 1)
+    eval_windows: int = setting(160, "windows that an evaluation reads of either part", 1)
     val_fraction: float = setting(0.1, "share of the text, its tail, held out for validation", 0.001, 0.999)
     seed: int = setting(1, "decides all that is random", 0, 2**63)
     device: str = setting(FASTEST, "cpu, cuda or mps")
