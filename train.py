@@ -265,7 +265,7 @@ class Run:
             return Image(values.kron(torch.ones(zoom, zoom, device=values.device)), caption=caption)
 
         window, seen = self.eval_sets["val"][0].to(self.device), []  # (T + 1,)
-        new = self.model.generate(window[None, :1], 120, 0.8, generator=torch.Generator().manual_seed(1))
+        new = self.model.generate(window[None, :1], 100, 0.8, generator=torch.Generator().manual_seed(1))
         yield "passage", Text(self.tokenizer.decode(torch.cat([window[:1], *new]))), {}
         if self.step == 0:
             yield "positions", picture(self.model.positions / 2 + 0.5, "a row a position"), {}

@@ -431,7 +431,7 @@ def test_aim_gets_all_there_is_to_see_and_a_resumed_run_goes_on_in_it(workshop):
         assert [loss for _, loss in tracked] == pytest.approx([line[column] for line in printed], abs=1e-4)
     assert run["hparams"]["n_embd"] == 16 and run["hparams"]["vocab_size"] == len(set(workshop.text))
     passages = run.get_text_sequence("passage", Context({})).data.numpy()[1][0]
-    assert [len(text.data) for text in passages] == [121] * 5
+    assert [len(text.data) for text in passages] == [101] * 5
     (positions,) = run.get_image_sequence("positions", Context({})).data.numpy()[1][0]
     assert positions.size == (384, 384)  # 16 positions by 16 channels, enlarged
     for block in range(2):
