@@ -96,8 +96,8 @@ def main() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         model, tokenizer, _ = load_model(args.model, args.device)
-        if model.config.n_embd < 256:
-            torch.set_num_threads(1)  # so small a model waits longer for other threads than for its sums
+        if model.config.n_embd * args.num_samples < 256:
+            torch.set_num_threads(1)  # so little work waits longer for other threads than for its sums
         write(model, tokenizer, args)
     except FileNotFoundError:
         sys.exit(f"error: there is no model {args.model}: train one with python train.py")

@@ -101,14 +101,13 @@ class Linear(nn.Linear):
     """y = x W^T + b, as nn.Linear, but faster for one row x, in generation: each core reads a slice of W."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(..., in_features)` to `(..., out_features)`."""
-        single = x.numel() == self.in_features and self.weight.numel() >= 2**17
-        if not single or x.device.type != "cpu" or torch.is_grad_enabled():
+        """Maps `(B, T, in_features)` to `(B, T, out_features)`."""
+        small = self.in_features * self.out_features < 2**17
+        if torch.is_grad_enabled() or small or x.numel() > self.in_features or x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
         slices = math.gcd(self.out_features, torch.get_num_threads())
-        weight = self.weight.view(slices, -1, self.in_features)  # (slices, out / slices, in)
-        y = torch.bmm(weight, x.view(1, -1, 1).expand(slices, -1, 1))  # (slices, out / slices, 1)
-        return y.view(*x.shape[:-1], -1) + self.bias
+        weight = self.weight.view(slices, -1, self.in_features).transpose(1, 2)  # (slices, in, out / slices)
+        return torch.baddbmm(self.bias.view(slices, 1, -1), x.expand(slices, 1, -1), weight).view(1, 1, -1)
 
 
 class Attention(nn.Module):
@@ -137,11 +136,11 @@ class KVCache:
         shape = (2, batch_size, config.n_head, config.context_length, config.n_embd // config.n_head)
         self.kv, self.length = torch.empty(shape, device=device), 0
 
-    def append(self, kv: Tensor) -> Tensor:
+    def append(self, kv: Tensor) -> tuple[Tensor, ...]:
         """Adds new characters' keys and values, `(2, B, H, T, D)`; returns those of all so far."""
         start, self.length = self.length, self.length + kv.size(3)
         self.kv.narrow(3, start, kv.size(3)).copy_(kv)
-        return self.kv.narrow(3, 0, self.length)
+        return self.kv.narrow(3, 0, self.length).unbind()
 
 
 class MultiHeadAttention(nn.Module):
@@ -157,10 +156,9 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Lets each character gather from those up to it, `(B, T, C)` in and out."""
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, kv = heads.permute(2, 0, 3, 1, 4).split([1, 2])  # (1, B, H, T, D) and (2, B, H, T, D)
-        k, v = kv if cache is None else cache.append(kv)
-        x = self.attention(q[0], k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind() if cache is None else (qkv[0], *cache.append(qkv[1:]))  # (B, H, T, D) each
+        x = self.attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.output(x.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
 
 
@@ -190,8 +188,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Refines each character's vector, `(B, T, C)` in and out."""
-        x = x + F.dropout(self.attention(self.attention_norm(x), cache), self.dropout, self.training)
-        return x + F.dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
+        x = x + torch.dropout(self.attention(self.attention_norm(x), cache), self.dropout, self.training)
+        return x + torch.dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
 
 
 def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -202,16 +200,17 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top
     """
     if temperature < 1e-5:  # too small to divide by
         return logits.argmax(dim=-1)
-    logits, ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V), the likeliest first
-    probs = (logits / temperature).softmax(dim=-1)
-    if top_k is not None:
-        probs[:, top_k:] = 0
-    if top_p is not None and top_p < 1:
-        before = probs.cumsum(dim=-1) - probs  # what the likelier ones reach already
-        probs[:, 1:].masked_fill_((before >= top_p * probs.sum(dim=-1, keepdim=True))[:, 1:], 0)
+    probs = (logits / temperature).softmax(dim=-1)  # (B, V)
+    if top_k is not None or top_p is not None:
+        ids = logits.argsort(dim=-1, descending=True, stable=True)  # (B, V), the likeliest first
+        ranked = probs.gather(1, ids)
+        ranked[:, top_k or ids.size(1) :] = 0
+        if top_p is not None and top_p < 1:
+            before = ranked.cumsum(dim=-1) - ranked  # what the likelier ones reach already
+            ranked[:, 1:].masked_fill_((before >= top_p * ranked.sum(dim=-1, keepdim=True))[:, 1:], 0)
+        probs = probs.scatter(1, ids, ranked)
     line = probs.cumsum(dim=-1)  # (B, V): laid end to end, the probabilities make a line
-    point = u[:, None] * line[:, -1:]  # (B, 1): a point of it, before its end
-    return ids.gather(1, torch.searchsorted(line, point, right=True))[:, 0]
+    return torch.searchsorted(line, u[:, None] * line[:, -1:], right=True)[:, 0]  # whose part u of it meets
 
 
 class GPT(nn.Module):
@@ -241,7 +240,7 @@ class GPT(nn.Module):
         if end > self.config.context_length:
             raise ValueError(f"{end} characters do not fit the context of {self.config.context_length}")
         x = self.token_embedding(ids) + self.positions[start:end]  # (B, T, C): what it is and where it stands
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = torch.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
             x = block(x, caches[i] if caches else None)  # (B, T, C)
         return self.final_norm(x)
@@ -345,4 +344,6 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Cha
                 raise ValueError("its weights are not finite")
         except Exception as error:  # damage makes the readers raise almost anything
             raise ValueError(f"{path} is damaged or no model: {str(error)[:100]!r}") from error
-    return model.to(device).eval(), tokenizer, facts
+    for module in model.to(device).modules():  # its parts as plain attributes too: Python finds those sooner
+        vars(module).update([*module.named_children(), *module.named_parameters(recurse=False)])
+    return model.eval(), tokenizer, facts

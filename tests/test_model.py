@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 import random
@@ -275,13 +276,13 @@ def test_sampled_frequencies_are_the_models_probabilities():
 def brute_force(
     logits: list[float], u: float, temperature: float, top_k: int | None, top_p: float | None
 ) -> int:
-    """The rule in words: of the k likeliest those before which less than p is reached, and u of those."""
+    """The rule in words: of the k likeliest those before which less than p is reached; of their line, u."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or len(logits)]
     weights = [math.exp(logits[i] / temperature) for i in order]
     shares = [w / sum(weights) for w in weights]
-    kept = [i for i in range(len(order)) if sum(shares[:i]) < (top_p or 1)]
-    point = u * sum(shares[i] for i in kept)
-    return next(order[i] for i in kept if sum(shares[: i + 1]) > point)
+    kept = sorted((order[i], shares[i]) for i in range(len(order)) if sum(shares[:i]) < (top_p or 1))
+    point = u * sum(share for _, share in kept)
+    return next(kept[i][0] for i in range(len(kept)) if sum(share for _, share in kept[: i + 1]) > point)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -388,6 +389,32 @@ def test_a_loaded_model_is_the_saved_one(saved):
     assert not loaded.training
     assert torch.load(path, weights_only=True)["config"] == dataclasses.asdict(model.config)
     assert [p.name for p in path.parent.iterdir()] == ["m.pth"]
+
+
+def assigned(model: GPT) -> GPT:
+    model.load_state_dict({name: -p for name, p in model.state_dict().items()}, assign=True)
+    return model
+
+
+def replaced(model: GPT) -> GPT:
+    model.blocks, model.final_norm.bias = model.blocks[:1] + model.blocks[:1], nn.Parameter(torch.ones(16))
+    return model
+
+
+def trained_once(model: GPT) -> GPT:
+    model(some_ids(2, 12), some_ids(2, 12))[1].backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    return model
+
+
+@pytest.mark.parametrize("change", [assigned, replaced, trained_once, copy.deepcopy, GPT.double])
+def test_a_loaded_model_can_be_changed_like_any_other(saved, change):
+    loaded, fresh = change(load_model(saved[0])[0]), make()
+    fresh.load_state_dict(loaded.state_dict())
+    with torch.no_grad():
+        nn.init.ones_(loaded.lm_head.weight[:3])
+        nn.init.ones_(fresh.lm_head.weight[:3])
+    assert torch.equal(loaded.float()(some_ids(2, 12))[0], fresh(some_ids(2, 12))[0])
 
 
 def same(a: GPT, b: GPT) -> bool:
