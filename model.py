@@ -98,16 +98,19 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, as nn.Linear, but faster for one row x, in generation: each core reads a slice of W."""
+    """y = x W^T + b, as nn.Linear, but faster on a CPU: S cores share x or, if it is one row, W."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(B, T, in_features)` to `(B, T, out_features)`."""
-        small = self.in_features * self.out_features < 2**17
-        if torch.is_grad_enabled() or small or x.numel() > self.in_features or x.device.type != "cpu":
-            return F.linear(x, self.weight, self.bias)
-        slices = math.gcd(self.out_features, torch.get_num_threads())
-        weight = self.weight.view(slices, -1, self.in_features).transpose(1, 2)  # (slices, in, out / slices)
-        return torch.baddbmm(self.bias.view(slices, 1, -1), x.expand(slices, 1, -1), weight).view(1, 1, -1)
+        (B, T, C), S = x.shape, torch.get_num_threads()
+        if S > 1 and x.is_cpu and not torch.is_autocast_enabled("cpu"):
+            if B * T >= 256 and B * T % S == 0:
+                weight = self.weight.t().expand(S, C, -1)  # (S, C, out)
+                return torch.baddbmm(self.bias, x.reshape(S, -1, C), weight).view(B, T, -1)
+            if B * T == 1 and self.out_features % S == 0 and self.weight.numel() >= 2**17:
+                weight = self.weight.view(S, -1, C).transpose(1, 2)  # (S, C, out / S)
+                return torch.baddbmm(self.bias.view(S, 1, -1), x.expand(S, 1, C), weight).view(B, T, -1)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -148,9 +151,8 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        self.attention, self.n_head, self.dropout = Attention(), config.n_head, config.dropout
         self.qkv = Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values: one matrix product
-        self.attention, self.dropout = Attention(), config.dropout
         self.output = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -205,9 +207,8 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top
         ids = logits.argsort(dim=-1, descending=True, stable=True)  # (B, V), the likeliest first
         ranked = probs.gather(1, ids)
         ranked[:, top_k or ids.size(1) :] = 0
-        if top_p is not None and top_p < 1:
-            before = ranked.cumsum(dim=-1) - ranked  # what the likelier ones reach already
-            ranked[:, 1:].masked_fill_((before >= top_p * ranked.sum(dim=-1, keepdim=True))[:, 1:], 0)
+        if top_p is not None and top_p < 1:  # until the likelier ones reach it
+            ranked[:, 1:] *= ranked.cumsum(dim=-1)[:, :-1] < top_p * ranked.sum(dim=-1, keepdim=True)
         probs = probs.scatter(1, ids, ranked)
     line = probs.cumsum(dim=-1)  # (B, V): laid end to end, the probabilities make a line
     return torch.searchsorted(line, u[:, None] * line[:, -1:], right=True)[:, 0]  # whose part u of it meets
@@ -338,10 +339,9 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Cha
             with torch.device("meta"):  # shapes without memory: the file's tensors become the weights
                 model = GPT(config)
             model.load_state_dict(weights, assign=True)
-            if any(p.dtype != torch.float32 or not p.is_contiguous() for p in weights.values()):
-                raise ValueError("its weights are not plain 32-bit numbers")
-            if not all(p.isfinite().all() for p in weights.values()):
-                raise ValueError("its weights are not finite")
+            for p in weights.values():
+                if p.dtype != torch.float32 or not p.is_contiguous() or not p.isfinite().all():
+                    raise ValueError("its weights are not finite, plain 32-bit numbers")
         except Exception as error:  # damage makes the readers raise almost anything
             raise ValueError(f"{path} is damaged or no model: {str(error)[:100]!r}") from error
     for module in model.to(device).modules():  # its parts as plain attributes too: Python finds those sooner
