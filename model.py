@@ -102,14 +102,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(B, T, in_features)` to `(B, T, out_features)`."""
-        (B, T, C), S = x.shape, torch.get_num_threads()
-        if S > 1 and x.is_cpu and not torch.is_autocast_enabled("cpu"):
-            if B * T >= 256 and B * T % S == 0:
-                weight = self.weight.t().expand(S, C, -1)  # (S, C, out)
-                return torch.baddbmm(self.bias, x.reshape(S, -1, C), weight).view(B, T, -1)
-            if B * T == 1 and self.out_features % S == 0 and self.weight.numel() >= 2**17:
-                weight = self.weight.view(S, -1, C).transpose(1, 2)  # (S, C, out / S)
-                return torch.baddbmm(self.bias.view(S, 1, -1), x.expand(S, 1, C), weight).view(B, T, -1)
+        B, T, C = x.shape
+        S = torch.get_num_threads() if x.is_cpu and not torch.compiler.is_compiling() else 1
+        if S > 1 and B * T >= 256 and B * T % S == 0 and not torch.is_autocast_enabled("cpu"):
+            weight = self.weight.t().expand(S, C, -1)  # (S, C, out)
+            return torch.baddbmm(self.bias, x.reshape(S, -1, C), weight).view(B, T, -1)
+        if S > 1 and B * T == 1 and self.out_features % S == 0 and self.weight.numel() >= 2**17:
+            weight = self.weight.view(S, -1, C).transpose(1, 2)  # (S, C, out / S)
+            return torch.baddbmm(self.bias.view(S, 1, -1), x.expand(S, 1, C), weight).view(B, T, -1)
         return F.linear(x, self.weight, self.bias)
 
 

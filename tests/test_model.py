@@ -167,12 +167,31 @@ def test_a_block_is_torchs_encoder_layer_with_the_same_weights():
     torch.testing.assert_close(block(x), theirs(x, src_mask=mask, is_causal=True), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 17])
-def test_a_layer_with_few_rows_computes_what_torchs_does(rows):
-    layer = Linear(256, 768)
-    x = torch.randn(rows, 1, 256)
-    with torch.inference_mode():
-        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (16, 1), (17, 1), (4, 64), (1, 258), (1, 257)])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_layer_computes_what_torchs_does_however_its_work_is_shared(shape, threads):
+    layer, before = Linear(256, 768), torch.get_num_threads()
+    nn.init.normal_(layer.bias)
+    x = torch.randn(*shape, 256, requires_grad=True)
+    torch.set_num_threads(threads)
+    try:
+        ours, theirs = layer(x), F.linear(x, layer.weight, layer.bias)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    wanted = [x, layer.weight, layer.bias]
+    for mine, other in zip(
+        torch.autograd.grad(ours.square().sum(), wanted),
+        torch.autograd.grad(theirs.square().sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, atol=1e-3, rtol=1e-4)
+
+
+def test_the_model_compiles_into_one_graph():
+    model, ids = make(context_length=64), some_ids(4, 64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, ids)[1], model(ids, ids)[1])
 
 
 def test_dropout_acts_in_training_alone():
