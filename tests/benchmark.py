@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import GPT, Attention, CharTokenizer, GPTConfig
+from model import GPT, Attention, CharTokenizer, GPTConfig, Linear, load_model, save_model
 from train import Run, Settings
 
 
@@ -112,6 +113,23 @@ def attention() -> None:
     )
 
 
+def products() -> None:
+    """A linear layer, whose work the cores share, against torch's."""
+    layer, batch, row = Linear(384, 1536), torch.randn(12, 128, 384), torch.randn(1, 1, 384)
+
+    def torchs(x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, layer.weight, layer.bias)
+
+    compare(
+        "linear layer, a batch forward and backward: against torch's",
+        lambda: layer(batch).sum().backward(),
+        lambda: torchs(batch).sum().backward(),
+        rounds=20,
+    )
+    with torch.inference_mode():
+        compare("linear layer, one row: against torch's", lambda: layer(row), lambda: torchs(row), rounds=200)
+
+
 @torch.inference_mode()
 def recompute(model: GPT, ids: torch.Tensor, count: int) -> None:
     """Generation as it is without a cache."""
@@ -120,10 +138,17 @@ def recompute(model: GPT, ids: torch.Tensor, count: int) -> None:
         ids = torch.cat([ids, logits[:, -1].softmax(-1).multinomial(1)], dim=1)
 
 
+def loaded(model: GPT) -> GPT:
+    """The model as inference.py gets it."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(path := Path(folder, "m.pth"), model, CharTokenizer("".join(map(chr, range(40, 120)))))
+        return load_model(path)[0]
+
+
 def generating() -> None:
     """Generation with the cache: against recomputation, along the text, and in batches."""
     for sizes in ((64, 4, 4, 128), (256, 6, 6, 384)):
-        model = GPT(GPTConfig(80, *sizes)).eval()
+        model = loaded(GPT(GPTConfig(80, *sizes)))
         prompt, name = torch.randint(80, (1, 31)), f"{sizes[1]} x {sizes[3]}"
 
         def write(rows: int = 1, count: int = 300, model: GPT = model, prompt: torch.Tensor = prompt) -> None:
@@ -143,7 +168,8 @@ def main() -> None:
     """Runs all."""
     processor = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {processor}")
-    for part in (loading, attention, generating, training, encoding):  # a child's peak begins at its parent's
+    loading()  # first: a child's peak begins at its parent's
+    for part in (attention, products, generating, training, encoding):
         part()
 
 
