@@ -7,6 +7,7 @@ Sizes: B batch, T time (characters), C channels (n_embd), H heads, D = C / H hea
 Logits are scores before the softmax makes probabilities of them: the larger, the likelier.
 """
 
+import copy
 import math
 import os
 import zipfile
@@ -90,9 +91,8 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
     Each pair of channels is a clock hand, slower than the pair before ([V] section 3.5). An odd C works too.
     """
-    exact = {"dtype": torch.float64, "device": "cpu"}  # even under torch.device("meta")
-    position = torch.arange(context_length, **exact)[:, None]  # (T, 1)
-    frequency = 10000.0 ** (-torch.arange(0, n_embd, 2, **exact) / n_embd)  # (C / 2,)
+    position = torch.arange(context_length, device="cpu")[:, None]  # (T, 1); even under torch.device("meta")
+    frequency = 10000.0 ** (-torch.arange(0, n_embd, 2, device="cpu").double() / n_embd)  # (C / 2,)
     angle = position * frequency  # (T, C / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :n_embd].float()  # (T, C)
 
@@ -236,11 +236,10 @@ class GPT(nn.Module):
 
     def hidden(self, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """The vectors, `(B, T, C)`, of characters, `(B, T)`: a text, or one more after those in caches."""
-        start = caches[0].length if caches else 0
-        end = start + ids.size(1)
-        if end > self.config.context_length:
-            raise ValueError(f"{end} characters do not fit the context of {self.config.context_length}")
-        x = self.token_embedding(ids) + self.positions[start:end]  # (B, T, C): what it is and where it stands
+        start, T = caches[0].length if caches else 0, ids.size(1)
+        if start + T > self.config.context_length:
+            raise ValueError(f"{start + T} characters do not fit the context of {self.config.context_length}")
+        x = self.token_embedding(ids) + self.positions[start : start + T]  # what it is and where it stands
         x = torch.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
             x = block(x, caches[i] if caches else None)  # (B, T, C)
@@ -271,19 +270,22 @@ class GPT(nn.Module):
         seeds = torch.randint(2**62, (ids.size(0),), generator=generator).tolist()
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
         caches = [KVCache(self.config, ids.size(0), ids.device) for _ in self.blocks]
-        unread = ids[:, -context_length:]  # (B, T): the prompt is read at once
-        window = list(unread.unbind(dim=1))  # what the model sees, T x (B,)
+        window = list(ids[:, -context_length:].unbind(dim=1))  # what the model sees, T x (B,)
+        twins = {module: copy.copy(module) for module in self.modules()}  # of the same tensors
+        for twin in twins.values():  # has its parts as plain attributes, which Python finds sooner
+            twin._modules = {name: twins[module] for name, module in twin._modules.items()}
+            vars(twin).update(twin._modules | twin._parameters)
+        model = twins[self]
         for step in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(unread, caches)[:, -1])  # (B, V)
+            unread = torch.stack(window[caches[0].length :], dim=1)  # (B, T): the prompt, then one by one
+            logits = model.lm_head(model.hidden(unread, caches)[:, -1])  # (B, V)
             if step % 256 == 0:
                 noise = torch.stack([torch.rand(256, generator=stream) for stream in streams]).to(ids.device)
             new = sample(logits, noise[:, step % 256], temperature, top_k, top_p)  # (B,)
             yield new
             window.append(new)
-            unread = new[:, None]  # (B, 1): the caches know the rest
             if len(window) > context_length:
                 window = window[-((context_length + 1) // 2) :]
-                unread = torch.stack(window, dim=1)  # (B, T / 2)
                 for cache in caches:
                     cache.length = 0
 
@@ -344,6 +346,4 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Cha
                     raise ValueError("its weights are not finite, plain 32-bit numbers")
         except Exception as error:  # damage makes the readers raise almost anything
             raise ValueError(f"{path} is damaged or no model: {str(error)[:100]!r}") from error
-    for module in model.to(device).modules():  # its parts as plain attributes too: Python finds those sooner
-        vars(module).update([*module.named_children(), *module.named_parameters(recurse=False)])
-    return model.eval(), tokenizer, facts
+    return model.to(device).eval(), tokenizer, facts

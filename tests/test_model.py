@@ -381,6 +381,42 @@ def test_a_row_depends_on_its_seed_and_place_alone():
     assert len({tuple(row) for row in many.tolist()}) == 6
 
 
+def assigned(model: GPT) -> GPT:
+    model.load_state_dict({name: -p for name, p in model.state_dict().items()}, assign=True)
+    return model
+
+
+def replaced(model: GPT) -> GPT:
+    model.blocks, model.final_norm.bias = model.blocks[1:], nn.Parameter(torch.arange(16.0))
+    return model
+
+
+def trained_once(model: GPT) -> GPT:
+    model(some_ids(2, 12), some_ids(2, 12))[1].backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    return model
+
+
+@pytest.mark.parametrize("change", [assigned, replaced, trained_once, copy.deepcopy])
+def test_generation_uses_the_model_as_it_is_now(change):
+    model, ids = make(), some_ids(1, 4)
+    before = torch.cat([*model.generate(ids, 8, temperature=0)])
+    model = change(model)
+    nn.init.normal_(model.lm_head.weight)
+    after = torch.cat([*model.generate(ids, 8, temperature=0)])
+    whole = torch.cat([ids, after[None]], dim=1)
+    assert torch.equal(model(whole[:, :-1])[0][0, 3:].argmax(-1), after)
+    assert not torch.equal(before, after)
+
+
+def test_hooks_see_generation():
+    model, seen = make(), []
+    model.blocks[1].attention.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    names = [*vars(model.blocks[1].attention)]
+    assert len([*model.generate(some_ids(1, 4), 3)]) == len(seen) == 3
+    assert [*vars(model.blocks[1].attention)] == names
+
+
 def test_no_new_characters_is_none():
     assert [*make().generate(some_ids(1, 4), 0)] == []
 
@@ -408,32 +444,6 @@ def test_a_loaded_model_is_the_saved_one(saved):
     assert not loaded.training
     assert torch.load(path, weights_only=True)["config"] == dataclasses.asdict(model.config)
     assert [p.name for p in path.parent.iterdir()] == ["m.pth"]
-
-
-def assigned(model: GPT) -> GPT:
-    model.load_state_dict({name: -p for name, p in model.state_dict().items()}, assign=True)
-    return model
-
-
-def replaced(model: GPT) -> GPT:
-    model.blocks, model.final_norm.bias = model.blocks[:1] + model.blocks[:1], nn.Parameter(torch.ones(16))
-    return model
-
-
-def trained_once(model: GPT) -> GPT:
-    model(some_ids(2, 12), some_ids(2, 12))[1].backward()
-    torch.optim.SGD(model.parameters(), lr=1.0).step()
-    return model
-
-
-@pytest.mark.parametrize("change", [assigned, replaced, trained_once, copy.deepcopy, GPT.double])
-def test_a_loaded_model_can_be_changed_like_any_other(saved, change):
-    loaded, fresh = change(load_model(saved[0])[0]), make()
-    fresh.load_state_dict(loaded.state_dict())
-    with torch.no_grad():
-        nn.init.ones_(loaded.lm_head.weight[:3])
-        nn.init.ones_(fresh.lm_head.weight[:3])
-    assert torch.equal(loaded.float()(some_ids(2, 12))[0], fresh(some_ids(2, 12))[0])
 
 
 def same(a: GPT, b: GPT) -> bool:
