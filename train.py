@@ -37,7 +37,7 @@ class Settings:
     data: Path = setting(ROOT / "data/scifi.txt", "the text to learn, UTF-8")
     model: Path = setting(ROOT / "models/model-scifi.pth", "the file for the best model")
     resume: bool = setting(False, "go on from the last checkpoint beside the model")
-    steps: int = setting(1000, "steps of the optimizer", 1)
+    steps: int = setting(1400, "steps of the optimizer", 1)
     batch_size: int = setting(24, "windows of text in a step", 1)
     accumulate: int = setting(1, "parts that a batch is computed in, one after the other, to save memory", 1)
     context_length: int = setting(128, "characters in a window", 1, 2**16)
