@@ -48,7 +48,7 @@ class Settings:
     optimizer: str = setting("muon", "what moves the blocks' matrices", choices=("muon", "adamw"))
     learning_rate: float = setting(0.014, "the highest; adamw alone takes a tenth of it", 0)
     warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
-    weight_decay: float = setting(0.3, "pull of the blocks' matrices toward zero", 0)
+    weight_decay: float = setting(0.4, "pull of the blocks' matrices toward zero", 0)
     grad_clip: float = setting(1.0, "the norm to which larger gradients are cut", 1e-9)
     eval_interval: int = setting(100, "steps from one evaluation and checkpoint to the next", 1)
     eval_windows: int = setting(160, "windows that an evaluation reads of either part", 1)
