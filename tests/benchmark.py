@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import GPT, Attention, CharTokenizer, GPTConfig, Linear, load_model, save_model
+from model import GPT, Attention, CharTokenizer, GPTConfig, Linear
 from train import Run, Settings
 
 
@@ -138,17 +138,10 @@ def recompute(model: GPT, ids: torch.Tensor, count: int) -> None:
         ids = torch.cat([ids, logits[:, -1].softmax(-1).multinomial(1)], dim=1)
 
 
-def loaded(model: GPT) -> GPT:
-    """The model as inference.py gets it."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(path := Path(folder, "m.pth"), model, CharTokenizer("".join(map(chr, range(40, 120)))))
-        return load_model(path)[0]
-
-
 def generating() -> None:
     """Generation with the cache: against recomputation, along the text, and in batches."""
     for sizes in ((64, 4, 4, 128), (256, 6, 6, 384)):
-        model = loaded(GPT(GPTConfig(80, *sizes)))
+        model = GPT(GPTConfig(80, *sizes)).eval()
         prompt, name = torch.randint(80, (1, 31)), f"{sizes[1]} x {sizes[3]}"
 
         def write(rows: int = 1, count: int = 300, model: GPT = model, prompt: torch.Tensor = prompt) -> None:
