@@ -101,7 +101,7 @@ class Linear(nn.Linear):
     """y = x W^T + b, as nn.Linear, but faster on a CPU: S cores share x or, if it is one row, W."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(B, T, in_features)` to `(B, T, out_features)`."""
+        """Maps `(B, T, in_features)` to `(B, T, out_features)`. Not shared: what is small, or compiled."""
         B, T, C = x.shape
         S = torch.get_num_threads() if x.is_cpu and not torch.compiler.is_compiling() else 1
         if S > 1 and B * T >= 256 and B * T % S == 0 and not torch.is_autocast_enabled("cpu"):
@@ -158,7 +158,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Lets each character gather from those up to it, `(B, T, C)` in and out."""
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         q, k, v = qkv.unbind() if cache is None else (qkv[0], *cache.append(qkv[1:]))  # (B, H, T, D) each
         x = self.attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.output(x.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
@@ -240,7 +240,7 @@ class GPT(nn.Module):
         if start + T > self.config.context_length:
             raise ValueError(f"{start + T} characters do not fit the context of {self.config.context_length}")
         x = self.token_embedding(ids) + self.positions[start : start + T]  # what it is and where it stands
-        x = torch.dropout(x, self.config.dropout, self.training)
+        x = torch.dropout(x, self.config.dropout, self.training)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, caches[i] if caches else None)  # (B, T, C)
         return self.final_norm(x)

@@ -454,7 +454,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and its limits")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, and RLIMIT_AS kept, unlike macOS")
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
