@@ -4,7 +4,6 @@ The architecture is GPT-2's (Radford et al., 2019, section 2.3): the decoder of 
 (Vaswani et al., 2017, here [V]) with the norms in front. Two things differ from GPT-2: the positions are the
 fixed sinusoids of [V], not learned, and the output layer has weights of its own.
 Sizes: B batch, T time (characters), C channels (n_embd), H heads, D = C / H head dimension, V vocabulary.
-Logits are scores before the softmax makes probabilities of them: the larger, the likelier.
 """
 
 import copy
@@ -117,14 +116,11 @@ class Attention(nn.Module):
     """softmax(Q K^T / sqrt(D)) V, with nothing taken from later characters, [V] section 3.2.1."""
 
     def explicit(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The formula step by step: what `forward` gives, `(B, H, T, D)`, and the weights, `(B, H, T, T)`.
-
-        Row t of the weights says how much character t takes from each one up to itself; it sums to 1.
-        """
+        """The formula step by step: what `forward` gives, `(B, H, T, D)`, and the weights, `(B, H, T, T)`."""
         T, D = q.shape[-2:]
         scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T); sums of D products grow like sqrt(D)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)  # (T, T)
-        weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, H, T, T)
+        weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # row t: what t takes from each
         return weights @ v, weights
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -214,13 +210,22 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top
     return torch.searchsorted(line, u[:, None] * line[:, -1:], right=True)[:, 0]  # whose part u of it meets
 
 
+def quick(module: nn.Module) -> Any:
+    """A twin of the same tensors, run sooner: with no search for parts, or for hooks where none are set."""
+    twin = copy.copy(module)
+    twin._modules = {name: quick(part) for name, part in module._modules.items()}
+    calls = {n: m.forward for n, m in twin._modules.items() if not (m._forward_pre_hooks or m._forward_hooks)}
+    simple = type(module) in (TransformerBlock, MultiHeadAttention, FeedForward)  # they only call their parts
+    vars(twin).update(twin._modules | twin._parameters | (calls if simple else {}))  # as plain attributes
+    return twin
+
+
 class GPT(nn.Module):
     """The model: embeddings, blocks, a final norm and a linear layer to the vocabulary."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
-        V, C = config.vocab_size, config.n_embd
+        self.config, V, C = config, config.vocab_size, config.n_embd
         self.token_embedding = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)  # filled below
         self.register_buffer("positions", sinusoidal_encoding(config.context_length, C), persistent=False)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
@@ -246,7 +251,7 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The logits, `(B, T, V)`, of what follows each of ids, `(B, T)`, and the loss against targets."""
+        """The logits, scores before the softmax, `(B, T, V)`, of what follows ids, `(B, T)`; and the loss."""
         logits = self.lm_head(self.hidden(ids))  # (B, T, V)
         loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # nats
         return logits, loss
@@ -271,19 +276,14 @@ class GPT(nn.Module):
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
         caches = [KVCache(self.config, ids.size(0), ids.device) for _ in self.blocks]
         window = list(ids[:, -context_length:].unbind(dim=1))  # what the model sees, T x (B,)
-        twins = {module: copy.copy(module) for module in self.modules()}  # of the same tensors
-        for twin in twins.values():  # has its parts as plain attributes, which Python finds sooner
-            twin._modules = {name: twins[module] for name, module in twin._modules.items()}
-            vars(twin).update(twin._modules | twin._parameters)
-        model = twins[self]
+        model = quick(self)
         for step in range(max_new_tokens):
             unread = torch.stack(window[caches[0].length :], dim=1)  # (B, T): the prompt, then one by one
             logits = model.lm_head(model.hidden(unread, caches)[:, -1])  # (B, V)
             if step % 256 == 0:
                 noise = torch.stack([torch.rand(256, generator=stream) for stream in streams]).to(ids.device)
-            new = sample(logits, noise[:, step % 256], temperature, top_k, top_p)  # (B,)
-            yield new
-            window.append(new)
+            window.append(sample(logits, noise[:, step % 256], temperature, top_k, top_p))  # (B,)
+            yield window[-1]
             if len(window) > context_length:
                 window = window[-((context_length + 1) // 2) :]
                 for cache in caches:

@@ -393,7 +393,28 @@ def trained_once(model: GPT) -> GPT:
     return model
 
 
-@pytest.mark.parametrize("change", [assigned, replaced, trained_once, copy.deepcopy])
+class Doubled(nn.Module):
+    """A layer around another, whose weight it uses without calling it, as adapters do."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (2 * self.base.weight.t())
+
+
+def wrapped(model: GPT) -> GPT:
+    model.blocks[0].attention.qkv = Doubled(model.blocks[0].attention.qkv)
+    return model
+
+
+def patched(model: GPT) -> GPT:
+    model.blocks[0].feed_forward.expand.forward = lambda x: x.repeat(1, 1, 4)
+    return model
+
+
+@pytest.mark.parametrize("change", [assigned, replaced, trained_once, wrapped, patched, copy.deepcopy])
 def test_generation_uses_the_model_as_it_is_now(change):
     model, ids = make(), some_ids(1, 4)
     before = torch.cat([*model.generate(ids, 8, temperature=0)])
@@ -405,12 +426,16 @@ def test_generation_uses_the_model_as_it_is_now(change):
     assert not torch.equal(before, after)
 
 
-def test_hooks_see_generation():
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_see_generation(register):
     model, seen = make(), []
-    model.blocks[1].attention.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    names = [*vars(model.blocks[1].attention)]
-    assert len([*model.generate(some_ids(1, 4), 3)]) == len(seen) == 3
-    assert [*vars(model.blocks[1].attention)] == names
+    called = [(name, part) for name, part in model.named_modules() if name not in ("", "blocks")]
+    for name, part in called:
+        getattr(part, register)(lambda *_, name=name: seen.append(name))
+    before = [[*vars(part)] for _, part in called]
+    assert len([*model.generate(some_ids(1, 4), 3)]) == 3
+    assert sorted(seen) == sorted(3 * [name for name, _ in called])
+    assert [[*vars(part)] for _, part in called] == before
 
 
 def test_no_new_characters_is_none():
