@@ -62,7 +62,7 @@ def write(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace) -> Non
     Raises ValueError for a character in the prompt that the model does not know.
     """
     device = model.lm_head.weight.device
-    start = tokenizer.encode(args.prompt or "\n").long().to(device)  # (T,); nothing begins with a new line
+    start = tokenizer.encode(args.prompt or "\n").long().to(device)  # (T,); an empty prompt reads a new line
     generator = torch.Generator()
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     prompts = start.expand(args.num_samples, -1)  # (B, T)
@@ -90,7 +90,7 @@ def write(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace) -> Non
 def main() -> None:
     """Writes what the command line asks for."""
     args = parse()
-    for number in (signal.SIGINT, getattr(signal, "SIGPIPE", signal.SIGINT)):  # Windows has no pipes to break
+    for number in (signal.SIGINT, getattr(signal, "SIGPIPE", signal.SIGINT)):  # Windows has no SIGPIPE
         signal.signal(number, signal.SIG_DFL)  # Ctrl-C, or a reader that has seen enough, ends it quietly
     if sys.stdout:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")

@@ -1,8 +1,8 @@
 """A GPT-2 style, character-level language model, from scratch. Read it from top to bottom.
 
 The architecture is GPT-2's (Radford et al., 2019, section 2.3): the decoder of "Attention Is All You Need"
-(Vaswani et al., 2017, here [V]) with the norms in front. Two things differ from GPT-2: the positions are the
-fixed sinusoids of [V], not learned, and the output layer has weights of its own.
+(Vaswani et al., 2017, here [V]), with no encoder and the norms in front. Two things differ from GPT-2: the
+positions are the fixed sinusoids of [V], not learned, and the output layer has weights of its own.
 Sizes: B batch, T time (characters), C channels (n_embd), H heads, D = C / H head dimension, V vocabulary.
 """
 
@@ -100,7 +100,7 @@ class Linear(nn.Linear):
     """y = x W^T + b, as nn.Linear, but faster on a CPU: S cores share x or, if it is one row, W."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(B, T, in_features)` to `(B, T, out_features)`. Not shared: what is small, or compiled."""
+        """Maps `(B, T, in_features)` to `(B, T, out_features)`. Shared only if large, even and fp32."""
         B, T, C = x.shape
         S = torch.get_num_threads() if x.is_cpu and not torch.compiler.is_compiling() else 1
         if S > 1 and B * T >= 256 and B * T % S == 0 and not torch.is_autocast_enabled("cpu"):
@@ -211,7 +211,7 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top
 
 
 def quick(module: nn.Module) -> Any:
-    """A twin of the same tensors, run sooner: with no search for parts, or for hooks where none are set."""
+    """A faster copy that shares the tensors: no look-up of parts, nor of their own hooks where none are."""
     twin = copy.copy(module)
     twin._modules = {name: quick(part) for name, part in module._modules.items()}
     calls = {n: m.forward for n, m in twin._modules.items() if not (m._forward_pre_hooks or m._forward_hooks)}
@@ -234,7 +234,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2 and not p.is_meta:  # as GPT-2: smaller where one of 2 n_layer sums adds to x
+            elif p.dim() == 2 and not p.is_meta:  # as GPT-2: smaller where the result is added to x
                 adds = name.endswith(("output.weight", "contract.weight"))
                 std = 0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02
                 nn.init.normal_(p, std=1.0 if p is self.token_embedding.weight else std)  # like sinusoids
@@ -266,7 +266,7 @@ class GPT(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Continues texts, ids `(B, T)` with T from 1: yields new ids, `(B,)`, as they are drawn by `sample`.
+        """Continues texts, ids `(B, T)`, T at least 1: yields new ids, `(B,)`, as they are drawn by `sample`.
 
         When the context is full, its newer half is read again, at new positions, and the older forgotten: a
         character's cost does not grow. The generator seeds each row's noise: no row depends on another.
@@ -295,12 +295,12 @@ def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **facts: Any) -
     others = {"config": asdict(model.config), "vocabulary": tokenizer.characters, "facts": facts}
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY) if os.name == "posix" else None  # Windows opens no folders
-    if folder is not None:
-        import fcntl
-
-        fcntl.flock(folder, fcntl.LOCK_EX)  # of two runs, one writes after the other
     beside = path.with_name(path.name + ".part")  # to be flushed and moved into place
     try:
+        if folder is not None:
+            import fcntl
+
+            fcntl.flock(folder, fcntl.LOCK_EX)  # of two runs, one writes after the other
         with open(beside, "wb") as file:
             torch.save({"weights": model.state_dict(), **others}, file)
             file.flush()
@@ -336,7 +336,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Cha
             config, tokenizer = GPTConfig(**content["config"]), CharTokenizer(content["vocabulary"])
             weights, facts = dict(content["weights"]), dict(content["facts"])
             fit = tokenizer.vocab_size == config.vocab_size and len(weights) == 12 * config.n_layer + 4
-            if not fit or 12 * config.n_embd**2 > path.stat().st_size:  # 12 tensors a block, one 3 C x C
+            if not fit or 12 * config.n_embd**2 > path.stat().st_size:  # 12 tensors, one 3 C x C of 4 bytes
                 raise ValueError("its parts do not fit each other")
             with torch.device("meta"):  # shapes without memory: the file's tensors become the weights
                 model = GPT(config)

@@ -46,7 +46,7 @@ class Settings:
     n_embd: int = setting(128, "channels", 1)
     dropout: float = setting(0.0, "share of activations dropped, against overfitting a small text", 0, 0.99)
     optimizer: str = setting("muon", "what moves the blocks' matrices", choices=("muon", "adamw"))
-    learning_rate: float = setting(0.014, "the highest; adamw alone takes a tenth of it", 0)
+    learning_rate: float = setting(0.014, "the highest; --optimizer adamw takes a tenth of it", 0)
     warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
     weight_decay: float = setting(0.4, "pull of the blocks' matrices toward zero", 0)
     grad_clip: float = setting(1.0, "the norm to which larger gradients are cut", 1e-9)
@@ -63,10 +63,10 @@ class Settings:
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), f.metadata["range"]
             if isinstance(value, int | float) and not low <= value <= high:
-                name = f.name.replace("_", "-")
-                raise ValueError(f"--{name} is {value}, but must be from {low:g} to {high:g}")
-        if self.n_embd % self.n_head or self.batch_size % self.accumulate:
-            raise ValueError("--n-embd must be a multiple of --n-head, and --batch-size of --accumulate")
+                raise ValueError(f"--{f.name} must be {low:g} to {high:g}, not {value}".replace("_", "-"))
+        for whole, part in (("n_embd", "n_head"), ("batch_size", "accumulate")):
+            if (a := getattr(self, whole)) % (b := getattr(self, part)):
+                raise ValueError(f"--{whole} {a} is no multiple of --{part} {b}".replace("_", "-"))
 
 
 def load_text(path: Path) -> tuple[Tensor, CharTokenizer, str]:
@@ -84,7 +84,7 @@ def load_text(path: Path) -> tuple[Tensor, CharTokenizer, str]:
         except UnicodeDecodeError as error:  # this one knows where
             raise ValueError(f"{path} is not UTF-8 text ({error}): convert it first") from None
     digest, ids = hashlib.sha256(data).hexdigest(), [tokenizer.encode(part) for part in parts()]
-    data = b""  # no longer needed when the ids are there twice
+    data = b""  # no longer needed when torch.cat holds the ids twice
     return torch.cat([tokenizer.encode(""), *ids]), tokenizer, digest
 
 
@@ -103,7 +103,7 @@ def windows_of(ids: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Tenso
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal (Jordan, 2024). torch's takes a CPU without bfloat16 40 times as long."""
+    """Momentum made orthogonal (Jordan, 2024). On a CPU without bfloat16 40 times as fast as torch's."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -116,8 +116,9 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(average, momentum)  # Nesterov's look ahead
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 count = 3 if p.size(0) == 3 * p.size(1) else 1  # queries, keys, values
-                for pair in zip(p.chunk(count), update.chunk(count), strict=True):
-                    matrix, x = pair if pair[0].size(0) <= pair[0].size(1) else (pair[0].mT, pair[1].mT)
+                for matrix, x in zip(p.chunk(count), update.chunk(count), strict=True):
+                    if matrix.size(0) > matrix.size(1):
+                        matrix, x = matrix.mT, x.mT
                     alike.setdefault(x.shape, []).append((matrix, x))
             for shape, pairs in alike.items():
                 x = torch.stack([x for _, x in pairs])  # (N, rows, columns)
@@ -133,7 +134,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Run:
-    """A model that learns a text, in process `rank` of `world`. Raises OSError and ValueError for both."""
+    """A model that learns a text, in process `rank` of `world`. OSError, ValueError: bad files, settings."""
 
     def __init__(self, settings: Settings, rank: int = 0, world: int = 1) -> None:
         self.settings, self.rank, self.world = settings, rank, world
@@ -155,7 +156,7 @@ class Run:
         self.seed_all()
         self.model = GPT(config).to(self.device)
         self.optimizers = self.make_optimizers()
-        self.step, self.best, self.aim, self.aim_hash = 0, math.inf, None, None
+        self.step, self.best, self.aim, self.aim_hash = 0, math.inf, None if settings.aim else False, None
         self.checkpoint = settings.model.with_name(settings.model.name.removesuffix(".pth") + ".train.pth")
         if settings.resume and self.checkpoint.exists():
             self.restore()
@@ -194,7 +195,7 @@ class Run:
         return highest * min(1, (step + 1) / (settings.warmup_steps + 1)) * (1 - step / settings.steps)
 
     def seed_all(self, *numbers: int) -> None:
-        """Makes what is random depend on the seed and these numbers alone: no step on those before it."""
+        """Makes what is random depend on the seed and these numbers alone, not on the steps before."""
         digest = hashlib.sha256(repr((self.settings.seed, *numbers)).encode()).hexdigest()
         torch.manual_seed(int(digest[:8], 16))  # 32 bits: torch's CPU generator heeds no more
 
@@ -202,7 +203,8 @@ class Run:
         """Goes on from the checkpoint. Raises ValueError if its run was another."""
         model, _, facts = load_model(self.checkpoint)
         if (before := facts.get("fixed", {})) != self.fixed:
-            raise ValueError(f"{self.checkpoint} was made with {dict(before.items() - self.fixed.items())}")
+            other = dict(before.items() - self.fixed.items()) or "nothing to go on with: it is no checkpoint"
+            raise ValueError(f"{self.checkpoint} was made with {other}")
         self.model.load_state_dict(model.state_dict())
         for optimizer, state in zip(self.optimizers, facts["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -280,8 +282,6 @@ class Run:
     def open_aim(self) -> Any:
         """The run in aim that shows this one. Raises whatever is wrong with aim."""
         settings = self.settings
-        if not settings.aim:
-            raise ImportError("--no-aim")
         import aim
 
         shown = aim.Run(self.aim_hash, repo=ROOT, system_tracking_interval=None, capture_terminal_logs=False)
@@ -339,7 +339,7 @@ def train(run: Run) -> int:
                 val = f"val loss {mean['val']:.4f} ({mean['val'] / math.log(2):.2f} bits/char)"
                 with bar.external_write_mode():
                     print(f"step {run.step}: train loss {mean['train']:.4f}, {val}", flush=True)
-                if run.aim is not False:  # as it is once aim has failed
+                if run.aim is not False:  # as it is with --no-aim, and once aim has failed
                     run.track(mean, numbers if moved else {})
             if first and moved and (due or done):
                 run.save()
@@ -347,7 +347,7 @@ def train(run: Run) -> int:
             if not done:
                 loss, norm = run.take_step()
                 drawn = bar.update(chars)
-    if first and ended_by and moved:
+    if first and ended_by and moved and run.step < settings.steps:
         print(f"stopped at step {run.step}: the same command with --resume goes on", file=sys.stderr)
     return int(ended_by)
 

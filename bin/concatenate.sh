@@ -24,7 +24,7 @@ case ${1-} in -h | --help)
   exit ;;
 esac
 [ $# -le 2 ] || fail 2 "$# arguments, but at most two are known; $usage"
-data=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)/data
+data=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)/data
 folder=${1-$data/books} output=${2-$data/scifi.txt}
 if [ -z "$folder" ] || [ -z "$output" ]; then fail 2 "a name is empty; $usage"; fi
 case $folder in /*) ;; *) folder=./$folder ;; esac # nothing takes it for an option

@@ -20,7 +20,7 @@ from urllib3 import Retry, exceptions
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST = 20_000_000  # bytes of a book
-BUSY = (429, 500, 502, 503, 504)  # answers that may be others a little later
+BUSY = (429, 500, 502, 503, 504)  # answers that may change a little later
 FAILURES = (  # what the libraries raise, in a user's words; so many in a row end the run, 0 never does
     ((exceptions.NewConnectionError, exceptions.ConnectTimeoutError), "no connection to the server", 3),
     (exceptions.ReadTimeoutError, "the server fell silent", 3),
@@ -47,7 +47,7 @@ def fetch(session: requests.Session, url: str, timeout: float, pause: float) -> 
                 if (status := response.status_code) != 200:
                     raise BookError(f"the server answers {status}", 10 if status in BUSY else 0)
                 body, deadline = bytearray(), time.monotonic() + 10 * timeout
-                while chunk := response.raw.read1(2**16, decode_content=True):  # read would wait for a drip
+                while chunk := response.raw.read1(2**16, decode_content=True):  # read() would wait for all
                     body += chunk
                     if len(body) > LARGEST:
                         raise BookError(f"larger than {LARGEST // 10**6} MB", 0)
@@ -106,7 +106,7 @@ def write(folder: Path, number: int, title: str, text: str) -> None:
 
 
 def download(titles: dict[int, str], args: argparse.Namespace) -> tuple[dict[int, str], int]:
-    """Fetches books, a nameless one by its header's title. Returns failures, and how many it did not try."""
+    """Fetches books, one without a title named by its header. Returns failures, and how many are untried."""
     args.output.mkdir(parents=True, exist_ok=True)
     for left in args.output.glob(".[0-9]*.part"):  # by a killed run
         left.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Measures this project against simpler ways in one run and prints ratios: `python tests/benchmark.py`.
+"""Measures this project in one run, mostly against simpler ways: `python tests/benchmark.py`.
 
 Times vary from machine to machine and from minute to minute; the ratios say more.
 """

@@ -19,6 +19,7 @@ def test_it_writes_the_prompt_of_the_script_and_500_characters_of_the_models_own
     edited = trained.folder / "edited.py"
     edited.write_text((trained.folder / "inference.py").read_text().replace(prompt, "the ship"))
     done = trained.run("edited.py")
+    edited.unlink()
     assert done.stdout.startswith("the ship") and done.stdout.endswith("\n") and done.stderr == ""
     assert len(done.stdout) == len("the ship") + 500 + 1
     assert set(done.stdout) <= set(known)
@@ -56,7 +57,8 @@ def test_few_new_characters(trained, tokens):
 
 
 def test_no_prompt_begins_with_a_new_line_and_a_long_one_is_kept_whole(trained):
-    assert len(infer(trained, "--prompt", "", "--max-new-tokens", 50)) == 51
+    empty = infer(trained, "--prompt", "", "--temperature", 0)
+    assert len(empty) == 501 and "\n" + empty == infer(trained, "--prompt", "\n", "--temperature", 0)
     long = "the old moon " * 20
     assert infer(trained, "--prompt", long, "--max-new-tokens", 5).startswith(long)
 

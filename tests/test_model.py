@@ -15,7 +15,6 @@ from model import (
     GPT,
     Attention,
     CharTokenizer,
-    FeedForward,
     GPTConfig,
     Linear,
     TransformerBlock,
@@ -266,7 +265,6 @@ def test_the_parameters_have_the_names_that_tools_rely_on():
     ]
     ends = ["token_embedding.weight", "final_norm.weight", "final_norm.bias", "lm_head.weight"]
     assert sorted(make(n_layer=1).state_dict()) == sorted(block + ends)
-    assert isinstance(make().blocks[0].feed_forward, FeedForward)
 
 
 def test_more_characters_than_the_context_are_refused():

@@ -1,3 +1,4 @@
+import os
 import re
 import shlex
 import subprocess
@@ -42,6 +43,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(trained):
     assert "--nonsense" in trained.run("show_params.py", "--nonsense", status=2).stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
 @pytest.mark.parametrize("words", [["show_params.py"], ["inference.py", "--prompt", "we"]])
 def test_output_that_cannot_be_written_is_one_line_and_output_that_is_closed_is_quiet(trained, words):
     command = shlex.join(trained.command(*words))
