@@ -203,7 +203,7 @@ class Run:
         """Goes on from the checkpoint. Raises ValueError if its run was another."""
         model, _, facts = load_model(self.checkpoint)
         if (before := facts.get("fixed", {})) != self.fixed:
-            other = dict(before.items() - self.fixed.items()) or "nothing to go on with: it is no checkpoint"
+            other = dict(before.items() - self.fixed.items()) or "no settings: it is a model, no checkpoint"
             raise ValueError(f"{self.checkpoint} was made with {other}")
         self.model.load_state_dict(model.state_dict())
         for optimizer, state in zip(self.optimizers, facts["optimizers"], strict=True):
