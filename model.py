@@ -97,18 +97,20 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, as nn.Linear, but faster on a CPU: S cores share x or, if it is one row, W."""
+    """y = x W^T + b, as nn.Linear, but faster on a CPU: S cores share x or, if it has few rows, W."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(B, T, in_features)` to `(B, T, out_features)`. Shared only if large, even and fp32."""
-        B, T, C = x.shape
-        S = torch.get_num_threads() if x.is_cpu and not torch.compiler.is_compiling() else 1
+        if x.numel() * self.out_features < 2**17 or not x.is_cpu or torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        (B, T, C), S = x.shape, torch.get_num_threads()
         if S > 1 and B * T >= 256 and B * T % S == 0 and not torch.is_autocast_enabled("cpu"):
             weight = self.weight.t().expand(S, C, -1)  # (S, C, out)
             return torch.baddbmm(self.bias, x.reshape(S, -1, C), weight).view(B, T, -1)
-        if S > 1 and B * T == 1 and self.out_features % S == 0 and self.weight.numel() >= 2**17:
+        if S > 1 and B * T <= 32 and self.out_features % S == 0 and self.weight.numel() >= 2**17:
             weight = self.weight.view(S, -1, C).transpose(1, 2)  # (S, C, out / S)
-            return torch.baddbmm(self.bias.view(S, 1, -1), x.expand(S, 1, C), weight).view(B, T, -1)
+            x = x.reshape(1, -1, C).expand(S, -1, C)  # (S, B T, C)
+            return torch.baddbmm(self.bias.view(S, 1, -1), x, weight).transpose(0, 1).reshape(B, T, -1)
         return F.linear(x, self.weight, self.bias)
 
 
