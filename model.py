@@ -329,10 +329,9 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, Cha
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:  # torch does not look at the checksums
-                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("it unpacks to more than its size")
-                if damaged := archive.testzip():
-                    raise ValueError(f"the checksum of {damaged} is wrong")
+                size = sum(member.file_size for member in archive.infolist())
+                if size > path.stat().st_size or archive.testzip():
+                    raise ValueError("the size or a checksum of its parts is wrong")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
             config, tokenizer = GPTConfig(**content["config"]), CharTokenizer(content["vocabulary"])
