@@ -214,11 +214,10 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top
 
 def quick(module: nn.Module) -> Any:
     """A faster copy that shares the tensors: no look-up of parts, nor of their own hooks where none are."""
-    twin = copy.copy(module)
-    twin._modules = {name: quick(part) for name, part in module._modules.items()}
-    calls = {n: m.forward for n, m in twin._modules.items() if not (m._forward_pre_hooks or m._forward_hooks)}
-    simple = type(module) in (TransformerBlock, MultiHeadAttention, FeedForward)  # they only call their parts
-    vars(twin).update(twin._modules | twin._parameters | (calls if simple else {}))  # as plain attributes
+    twin, parts = copy.copy(module), {name: quick(part) for name, part in module._modules.items()}
+    if type(module) in (nn.ModuleList, TransformerBlock, MultiHeadAttention, FeedForward):  # they only call
+        parts |= {n: p.forward for n, p in parts.items() if not (p._forward_pre_hooks or p._forward_hooks)}
+    vars(twin).update(parts | twin._parameters, _modules=parts)  # as plain attributes
     return twin
 
 
