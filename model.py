@@ -97,20 +97,20 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, as nn.Linear, but faster on a CPU: S cores share x or, if it has few rows, W."""
+    """y = x W^T + b, as nn.Linear, but on a CPU S cores share the rows of x or, if few, those of W."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(B, T, in_features)` to `(B, T, out_features)`. Shared only if large, even and fp32."""
-        if x.numel() * self.out_features < 2**17 or not x.is_cpu or torch.compiler.is_compiling():
+        """Maps `(B, T, in_features)` to `(B, T, out_features)`. Little or uneven work is left to torch."""
+        if torch.compiler.is_compiling() or not x.is_cpu or x.numel() * self.out_features < 2**17:
             return F.linear(x, self.weight, self.bias)
-        (B, T, C), S = x.shape, torch.get_num_threads()
+        (B, T, C), N, S = x.shape, self.out_features, torch.get_num_threads()
         if S > 1 and B * T >= 256 and B * T % S == 0 and not torch.is_autocast_enabled("cpu"):
-            weight = self.weight.t().expand(S, C, -1)  # (S, C, out)
-            return torch.baddbmm(self.bias, x.reshape(S, -1, C), weight).view(B, T, -1)
-        if S > 1 and B * T <= 32 and self.out_features % S == 0 and self.weight.numel() >= 2**17:
-            weight = self.weight.view(S, -1, C).transpose(1, 2)  # (S, C, out / S)
+            weight = self.weight.t().expand(S, C, N)  # (S, C, N)
+            return torch.baddbmm(self.bias, x.reshape(S, -1, C), weight).view(B, T, N)
+        if S > 1 and B * T <= 32 and C * N >= 2**17 and N % S == 0 and not torch.is_grad_enabled():
+            weight = self.weight.view(S, -1, C).transpose(1, 2)  # (S, C, N / S)
             x = x.reshape(1, -1, C).expand(S, -1, C)  # (S, B T, C)
-            return torch.baddbmm(self.bias.view(S, 1, -1), x, weight).transpose(0, 1).reshape(B, T, -1)
+            return torch.baddbmm(self.bias.view(S, 1, -1), x, weight).transpose(0, 1).reshape(B, T, N)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -213,11 +213,11 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top
 
 
 def quick(module: nn.Module) -> Any:
-    """A faster copy that shares the tensors: no look-up of parts, nor of their own hooks where none are."""
+    """A copy for generation with the same tensors: parts are plain attributes, called past empty hooks."""
     twin, parts = copy.copy(module), {name: quick(part) for name, part in module._modules.items()}
-    if type(module) in (nn.ModuleList, TransformerBlock, MultiHeadAttention, FeedForward):  # they only call
-        parts |= {n: p.forward for n, p in parts.items() if not (p._forward_pre_hooks or p._forward_hooks)}
-    vars(twin).update(parts | twin._parameters, _modules=parts)  # as plain attributes
+    calls = {n: p.forward for n, p in parts.items() if not (p._forward_pre_hooks or p._forward_hooks)}
+    simple = type(module) in (TransformerBlock, MultiHeadAttention, FeedForward)  # they only call their parts
+    vars(twin).update(parts | twin._parameters | (calls if simple else {}), _modules=parts)  # found at once
     return twin
 
 

@@ -15,6 +15,7 @@ from model import (
     GPT,
     Attention,
     CharTokenizer,
+    FeedForward,
     GPTConfig,
     Linear,
     TransformerBlock,
@@ -175,6 +176,8 @@ def test_a_layer_computes_what_torchs_does_however_its_work_is_shared(shape, thr
     torch.set_num_threads(threads)
     try:
         ours, theirs = layer(x), F.linear(x, layer.weight, layer.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), theirs, atol=1e-5, rtol=1e-5)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -187,6 +190,21 @@ def test_the_model_compiles_into_one_graph():
     model, ids = make(context_length=64), some_ids(4, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, ids)[1], model(ids, ids)[1])
+
+
+def test_one_compiled_graph_serves_any_length():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    layers = FeedForward(GPTConfig(11, n_embd=64))
+    compiled = torch.compile(layers, backend=count, dynamic=True)
+    for length in (60, 16, 4, 2):
+        x = torch.randn(1, length, 64)
+        torch.testing.assert_close(compiled(x), layers(x))
+    assert len(graphs) == 1
 
 
 def test_dropout_acts_in_training_alone():
@@ -434,6 +452,13 @@ def test_hooks_see_generation(register):
     assert len([*model.generate(some_ids(1, 4), 3)]) == 3
     assert sorted(seen) == sorted(3 * [name for name, _ in called])
     assert [[*vars(part)] for _, part in called] == before
+
+
+def test_a_hook_can_look_at_its_block_during_generation():
+    model, seen = make(), []
+    model.blocks[0].register_forward_hook(lambda block, *_: seen.append(len(block.state_dict())))
+    assert len([*model.generate(some_ids(1, 4), 3)]) == 3
+    assert seen == [12, 12, 12]
 
 
 def test_no_new_characters_is_none():
