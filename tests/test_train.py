@@ -527,6 +527,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(trained, flags):
         (b"short text", [], "10 characters"),
         (b"ab \xff" * 500, [], "0xff in position 3"),
         (None, ["--data", "missing.txt"], "missing.txt"),
+        (None, ["--data", "memory.txt"], "memory.txt"),
         (None, ["--data", "."], "directory"),
         (None, ["--model", "train.py/m.pth"], "train.py"),
         (None, ["--model", "/proc/m.pth"], "/proc"),
