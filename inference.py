@@ -3,110 +3,163 @@
 import argparse
 import itertools
 import math
+import re
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from model import GPT, CharTokenizer, load_model
+from model import GPT, MODEL_PATH, CharTokenizer, default_device, is_out_of_memory, load_model
 
 prompt = "The machine stood in the middle of the"  # edit this
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, without the usage
-        self.exit(2, f"error: {message}\n")
-
-
-def parse() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    trained = Path(__file__).resolve().parent / "models/model-scifi.pth"
-    parser.add_argument("--model", type=Path, default=trained, help="what train.py has saved")
-    parser.add_argument("--prompt", default=prompt, help="what the text begins with")
-    parser.add_argument("--max-new-tokens", type=int, default=500, help="characters to add")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest; higher is wilder"
-    )
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest characters alone")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest that together reach p")
-    parser.add_argument("--stop", help="end a text once this has been written")
-    parser.add_argument("--seed", type=int, help="makes the text the same each time")
-    parser.add_argument("--num-samples", type=int, default=1, help="texts to write, a blank line between")
-    fastest = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    parser.add_argument("--device", default=fastest, help="cpu, cuda or mps")
-    args = parser.parse_args()
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
-    for flag, value, valid, range_ in (
-        ("--max-new-tokens", args.max_new_tokens, 0 <= args.max_new_tokens < 2**31, "0 or more"),
-        ("--temperature", args.temperature, 0 <= args.temperature < math.inf, "0 or more"),
-        ("--top-k", args.top_k, args.top_k is None or 1 <= args.top_k < 2**31, "1 or more"),
-        ("--top-p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("--stop", args.stop, args.stop != "", "a text"),
-        ("--seed", args.seed, args.seed is None or 0 <= args.seed < 2**63, "0 or more, of at most 63 bits"),
-        ("--num-samples", args.num_samples, 1 <= args.num_samples < 2**16, "1 or more"),
-    ):
-        if not valid:
-            parser.error(f"{flag} is {value!r}, but must be {range_}")
-    return args
-
-
-def write(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace) -> None:
-    """Shows the first text as it is generated; the others, which grow beside it, follow.
-
-    Raises ValueError for a character in the prompt that the model does not know.
-    """
-    device = model.lm_head.weight.device
-    start = tokenizer.encode(args.prompt or "\n").long().to(device)  # (T,); an empty prompt reads a new line
-    generator = torch.Generator()
-    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
-    prompts = start.expand(args.num_samples, -1)  # (B, T)
-    new = model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
-    at_once = 1 if device.type == "cpu" else 16  # a GPU runs ahead of what is shown
-
-    texts: list[list[str]] = [[args.prompt] for _ in prompts]
-    growing = set(range(args.num_samples))
-    print(args.prompt, end="", flush=True)
-    while growing and (drawn := list(itertools.islice(new, at_once))):
-        for i, ids in enumerate(torch.stack(drawn, dim=1).tolist()):
-            for character in tokenizer.decode(ids):
-                if i not in growing:
-                    break
-                texts[i].append(character)
-                if args.stop and "".join(texts[i][-len(args.stop) :]).endswith(args.stop):
-                    growing.remove(i)
-                if i == 0:
-                    print(character, end="", flush=True)
-    print()
-    for text in texts[1:]:
-        print("\n" + "".join(text))
+LARGEST_INTEGER = 2**31
+LARGEST_SEED = 2**63
 
 
 def main() -> None:
-    """Writes what the command line asks for."""
-    args = parse()
-    for number in (signal.SIGINT, getattr(signal, "SIGPIPE", signal.SIGINT)):  # Windows has no SIGPIPE
-        signal.signal(number, signal.SIG_DFL)  # Ctrl-C, or a reader that has seen enough, ends it quietly
-    if sys.stdout:
+    args = parse_arguments()
+    end_quietly_on_signals()
+    if sys.stdout is not None:  # it can be closed
+        # A console that has no character for something shows a question mark.
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         model, tokenizer, _ = load_model(args.model, args.device)
-        if model.config.n_embd * args.num_samples < 256:
-            torch.set_num_threads(1)  # so little work waits longer for other threads than for its sums
+        use_one_thread_for_little_work(model, args.num_samples)
         write(model, tokenizer, args)
     except FileNotFoundError:
         sys.exit(f"error: there is no model {args.model}: train one with python train.py")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except (RuntimeError, MemoryError) as error:
-        if not any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
-            raise  # a mistake of ours
+        if not is_out_of_memory(error):
+            raise
         sys.exit("error: out of memory: lower --num-samples or --max-new-tokens")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="python inference.py [--FLAG VALUE ...]",
+        description="Continues a prompt with the trained model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, default=MODEL_PATH, help="the file that train.py has saved")
+    add("--prompt", default=prompt, help="what the text begins with")
+    add("--max-new-tokens", type=int, default=500, help="characters to add")
+    add("--temperature", type=float, default=0.8, help="0: the likeliest; higher: more varied")
+    add("--top-k", type=int, help="draw only from the k likeliest characters")
+    add("--top-p", type=float, help="draw only from the likeliest that together reach p")
+    add("--stop", help="end a text after this has been written")
+    add("--seed", type=int, help="makes the text the same each time")
+    add("--num-samples", type=int, default=1, help="texts to write, with a blank line between")
+    add("--device", default=default_device(), help="cpu, cuda or mps")
+    args = parser.parse_args([with_hyphens(argument) for argument in sys.argv[1:]])
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def with_hyphens(argument: str) -> str:
+    """Accepts --top_k for --top-k. A value after = is left as it is."""
+    return re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), argument)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError if a value is out of range or the device cannot be used."""
+    check(0 <= args.max_new_tokens < LARGEST_INTEGER, "--max-new-tokens must be 0 or more")
+    check(0 <= args.temperature < math.inf, "--temperature must be 0 or more")
+    check(args.top_k is None or 1 <= args.top_k < LARGEST_INTEGER, "--top-k must be 1 or more")
+    check(args.top_p is None or 0 < args.top_p <= 1, "--top-p must be above 0 and at most 1")
+    check(args.stop != "", "--stop must not be empty")
+    check(args.seed is None or 0 <= args.seed < LARGEST_SEED, "--seed must be from 0 to 2^63 - 1")
+    check(1 <= args.num_samples < 2**16, "--num-samples must be from 1 to 65535")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used here: try cpu") from error
+
+
+def check(is_valid: bool, message: str) -> None:
+    if not is_valid:
+        raise ValueError(message)
+
+
+def end_quietly_on_signals() -> None:
+    """Ends without a traceback on Ctrl-C, or when the reader of the output has seen enough."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def use_one_thread_for_little_work(model: GPT, num_samples: int) -> None:
+    """With a small model, threads wait for each other longer than they compute."""
+    if model.config.n_embd * num_samples < 256:
+        torch.set_num_threads(1)
+
+
+class Completion:
+    """A text that grows, up to and including the stop text."""
+
+    def __init__(self, stop: str | None) -> None:
+        self.stop = stop
+        self.characters: list[str] = []
+        self.is_finished = False
+
+    def add(self, text: str) -> str:
+        """Adds the characters up to the stop text. Returns those that were added."""
+        count_before = len(self.characters)
+        for character in text:
+            if self.is_finished:
+                break
+            self.characters.append(character)
+            self.is_finished = self.stop is not None and self.ends_with(self.stop)
+        return "".join(self.characters[count_before:])
+
+    def ends_with(self, text: str) -> bool:
+        return "".join(self.characters[-len(text) :]) == text
+
+
+def write(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace) -> None:
+    """Prints the first text while it is generated, then the others, which grow at the same time.
+
+    Raises ValueError if the model does not know a character of the prompt or of the stop text.
+    """
+    device = model.lm_head.weight.device
+    start = tokenizer.encode(args.prompt or first_character(tokenizer)).long().to(device)  # (T,)
+    tokenizer.encode(args.stop or "")
+    generator = torch.Generator()
+    if args.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(args.seed)
+    limits = (args.temperature, args.top_k, args.top_p)
+    prompts = start.expand(args.num_samples, -1)  # (B, T)
+    new_ids = model.generate(prompts, args.max_new_tokens, *limits, generator)  # (B,) each time
+
+    completions = [Completion(args.stop) for _ in prompts]
+    steps_at_once = 1 if device.type == "cpu" else 16  # a GPU is not stopped for each character
+    print(args.prompt, end="", flush=True)
+    while steps := list(itertools.islice(new_ids, steps_at_once)):
+        for completion, ids in zip(completions, torch.stack(steps, dim=1), strict=True):
+            added = completion.add(tokenizer.decode(ids))
+            if completion is completions[0]:
+                print(added, end="", flush=True)
+        if all(completion.is_finished for completion in completions):
+            break
+    print()
+
+    for completion in completions[1:]:
+        print()
+        print(args.prompt + "".join(completion.characters))
+
+
+def first_character(tokenizer: CharTokenizer) -> str:
+    """What an empty prompt begins with, without being printed: the model has to read something."""
+    return "\n" if "\n" in tokenizer.characters else tokenizer.characters[0]
 
 
 if __name__ == "__main__":

@@ -1,61 +1,85 @@
+"""What show_params.py does, as its user sees it."""
+
 import os
 import re
-import shlex
 import subprocess
 
 import pytest
+from conftest import DAMAGES, damaged
 
 from model import load_model
 
-
-def test_it_shows_every_tensor_the_total_and_the_facts(trained):
-    model, _, facts = load_model(trained.model)
-    table, _, about = trained.run("show_params.py").stdout.partition("total")
-    rows = re.findall(r"^(\S+) +(\(.*\)) +([\d,]+)$", table, re.M)
-    tensors = dict(model.named_parameters())
-    assert [name for name, _, _ in rows] == list(tensors)
-    for name, shape, count in rows:
-        assert (shape, int(count.replace(",", ""))) == (
-            str(tuple(tensors[name].shape)),
-            tensors[name].numel(),
-        )
-    numbers = re.findall(r"[\w,.]+", about)
-    assert numbers[0].replace(",", "") == str(sum(p.numel() for p in tensors.values()))
-    shown = dict(zip(numbers[1::2], map(float, numbers[2::2]), strict=True))
-    assert shown["n_embd"] == 16 and shown["vocab_size"] == model.config.vocab_size
-    assert shown["step"] == facts["step"] and abs(shown["val_loss"] - facts["val_loss"]) < 1e-6
+ROW = re.compile(r"^(\S+) +(\(.*\)) +([\d,]+)$", re.MULTILINE)
+NUMBER = re.compile(r"^(\w+) +(\S+)$", re.MULTILINE)
 
 
-def test_it_is_readable_at_100_columns_and_for_a_checkpoint_too(trained):
-    for path in (trained.model, trained.checkpoint):
-        assert max(map(len, trained.run("show_params.py", "--model", path).stdout.splitlines())) <= 100
+def integer(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def test_it_shows_every_tensor_with_its_shape_and_count(trained):
+    model, _, _ = load_model(trained.model)
+    rows = ROW.findall(trained.run("show_params.py").stdout)
+    shown = [(name, shape, integer(count)) for name, shape, count in rows]
+    expected = [(name, str(tuple(p.shape)), p.numel()) for name, p in model.named_parameters()]
+    assert shown == expected
+
+
+def test_it_shows_the_total_the_sizes_and_what_was_saved_with_the_model(trained):
+    model, _, metadata = load_model(trained.model)
+    shown = dict(NUMBER.findall(trained.run("show_params.py").stdout))
+    assert integer(shown["total"]) == sum(p.numel() for p in model.parameters())
+    assert int(shown["n_embd"]) == 16
+    assert int(shown["vocab_size"]) == model.config.vocab_size
+    assert int(shown["step"]) == metadata["step"]
+    assert float(shown["val_loss"]) == pytest.approx(metadata["val_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("file", ["model", "checkpoint"])
+def test_its_lines_fit_100_columns(trained, file):
+    lines = trained.run("show_params.py", "--model", getattr(trained, file)).stdout.splitlines()
+    assert max(map(len, lines)) <= 100
 
 
 def test_a_reader_that_leaves_ends_it_quietly(trained):
-    with subprocess.Popen(
-        trained.command("show_params.py"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    command = trained.command("show_params.py")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
 
 
-def test_a_wrong_flag_is_one_line_and_status_2(trained):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_an_error(trained):
+    with open("/dev/full", "w") as full:
+        command = trained.command("show_params.py")
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch("error: .*No space.*\n", done.stderr)
+
+
+def test_closed_standard_output_is_no_error(trained):
+    command = " ".join(["exec", *trained.command("show_params.py"), ">&-"])
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_a_wrong_flag_is_an_error_with_status_2(trained):
     assert "--nonsense" in trained.run("show_params.py", "--nonsense", status=2).stderr
 
 
-WRITERS = pytest.mark.parametrize("words", [["show_params.py"], ["inference.py", "--prompt", "we"]])
+def test_a_missing_model_is_an_error_that_says_how_to_make_one(trained, tmp_path):
+    done = trained.run("show_params.py", "--model", tmp_path / "m.pth", status=1)
+    assert "m.pth" in done.stderr
+    assert "python train.py" in done.stderr
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the full device, which macOS has not")
-@WRITERS
-def test_output_that_cannot_be_written_is_one_line(trained, words):
-    command = shlex.join(trained.command(*words))
-    full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True)
-    assert full.returncode == 1 and re.fullmatch("error: .*No space.*\n", full.stderr)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_model_is_an_error_that_names_it(trained, tmp_path, damage):
+    path = tmp_path / "it's a 模型.pth"
+    path.write_bytes(damaged(trained.model.read_bytes(), damage))
+    assert str(path) in trained.run("show_params.py", "--model", path, status=1).stderr
 
 
-@WRITERS
-def test_output_that_is_closed_is_quiet(trained, words):
-    command = shlex.join(trained.command(*words))
-    closed = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
-    assert closed.returncode == 0 and closed.stderr == ""
+def test_a_directory_in_place_of_a_model_is_an_error_that_names_it(trained, tmp_path):
+    assert str(tmp_path) in trained.run("show_params.py", "--model", tmp_path, status=1).stderr
