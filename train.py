@@ -642,7 +642,8 @@ class AimTracker:
         """Opens a run, a new one if it has no identity yet. Returns its identity."""
         options = {"system_tracking_interval": None, "capture_terminal_logs": False}
         self.run = self.aim.Run(identity, repo=ROOT, **options)
-        self.run.name = name
+        if identity is None:
+            self.run.name = name
         self.run["hparams"] = settings
         return self.run.hash
 
@@ -801,9 +802,8 @@ class Tracking:
             self.tracker.image("positions", table, "each row is a position", trainer.step)
         if trainer.step % (4 * trainer.settings.eval_interval) != 0:
             return
-        length = min(
-            32, trainer.settings.context_length
-        )  # short, so that squares can be told apart
+        # Few characters, so that their squares can be told apart.
+        length = min(32, trainer.settings.context_length)
         window = trainer.eval_windows["val"][0, :length].to(trainer.device)  # (T,)
         text = trainer.tokenizer.decode(window)
         for i, weights in enumerate(attention_weights(trainer.model, window)):
@@ -881,9 +881,10 @@ def train(trainer: Trainer, tracking: Tracking) -> int:
     with Progress(trainer) as progress:
         while True:
             if trainer.evaluation_is_due():
+                speed = progress.speed()
                 losses = trainer.evaluate()
-                progress.print_losses(losses)
-                tracking.track(trainer, losses, progress.speed())
+                progress.print_losses(losses, speed)
+                tracking.track(trainer, losses, speed)
                 if trainer.step > 0:  # nothing is replaced by an untrained model
                     trainer.save_if_best(losses["val"])
                     trainer.save_checkpoint()
@@ -970,14 +971,14 @@ class Progress:
             self.trainer.check_loss_is_finite()
             self.bar.set_postfix(loss=f"{self.trainer.loss:.3f}", refresh=False)
 
-    def print_losses(self, losses: dict[str, float]) -> None:
+    def print_losses(self, losses: dict[str, float], speed: float) -> None:
         """Prints an evaluation, and in a log file, which has no bar, the time left."""
         step, val_loss = self.trainer.step, losses["val"]
         line = f"step {step}: train loss {losses['train']:.4f}, val loss {val_loss:.4f}"
         line += f" ({val_loss / math.log(2):.2f} bits/char)"
         steps_left = self.trainer.settings.steps - step
-        if self.bar.disable and steps_left > 0 and self.speed() > 0:
-            seconds = steps_left * self.characters_per_step / self.speed()
+        if self.bar.disable and steps_left > 0 and speed > 0:
+            seconds = steps_left * self.characters_per_step / speed
             line += f", {tqdm.format_interval(seconds)} left"
         with self.bar.external_write_mode():
             print(line, flush=True)
