@@ -1,5 +1,6 @@
 """What holds for model.py, in its order: sizes, characters, positions, attention, model, files."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -1201,9 +1202,12 @@ def test_a_small_file_whose_blocks_share_their_weights_is_no_large_model(path, m
 # Failures while saving
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_space_for_files_over_a_kilobyte() -> Iterator[None]:
-    """As full as a test can make a disk."""
+    """As full as a test can make a disk.
+
+    Not a fixture: pytest would write its progress, which can go to a file, before the end of it.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
@@ -1214,11 +1218,12 @@ def no_space_for_files_over_a_kilobyte() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(
-    path, model, no_space_for_files_over_a_kilobyte
-):
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(path, model):
     before = path.read_bytes()
-    with pytest.raises(OSError, match=r"too large: .*m\.pth'$"):
+    with (
+        no_space_for_files_over_a_kilobyte(),
+        pytest.raises(OSError, match=r"too large: .*m\.pth'$"),
+    ):
         save_small_model(path, model, step=8)
     assert path.read_bytes() == before
     assert names_in(path.parent) == ["m.pth"]
