@@ -38,7 +38,8 @@ from torch.nn import functional as F
 # 1 Configuration
 # ----------------------------------------------------------------------------------------
 
-MAX_SIZE = 2**21  # larger sizes are mistakes: no machine has the memory for them
+# Larger sizes are mistakes or come from a damaged file: refused before memory is taken.
+MAX_SIZE = 2**21
 MAX_CONTEXT_LENGTH = 2**16
 
 
@@ -482,7 +483,7 @@ def init_linear(layer: nn.Linear, std: float) -> None:
 # 7 Sampling
 # ----------------------------------------------------------------------------------------
 
-GREEDY_TEMPERATURE = 1e-5  # at most this: take the likeliest, since dividing would overflow
+GREEDY_TEMPERATURE = 1e-5  # at most this: take the likeliest, which has all the probability
 
 
 def sample(
