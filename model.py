@@ -492,12 +492,13 @@ def sample(
     """Draws the next character of each text.
 
     Args:
-        logits: `(B, V)`, the scores of the characters. u: `(B,)`, random numbers from 0 to less
-        than 1, which decide the draw. temperature: divides the scores. Two characters whose
-        scores differ by 1 are 2.7 to 1 at a
-            temperature of 1, 7.4 to 1 at 0.5 and 1.6 to 1 at 2. At 0 the likeliest is taken.
-        top_k: if given, only the k likeliest characters are drawn. top_p: if given, only the
-        likeliest characters that together have this probability are drawn.
+        logits: `(B, V)`, the scores of the characters.
+        u: `(B,)`, random numbers from 0 to less than 1, which decide the draw.
+        temperature: divides the scores. Two characters whose scores differ by 1 are 2.7 to 1 at
+            a temperature of 1, 7.4 to 1 at 0.5 and 1.6 to 1 at 2. At 0 the likeliest is taken.
+        top_k: if given, only the k likeliest characters are drawn.
+        top_p: if given, only the likeliest characters that together have this probability, at
+            this temperature, are drawn.
 
     Returns:
         The ids, `(B,)`.
@@ -725,12 +726,13 @@ LARGE_WEIGHT = 2**17  # elements; smaller weights stay in each core's own cache
 class Linear(nn.Linear):
     """nn.Linear, with its product divided among the cores of a CPU where torch divides it badly.
 
-    The result is the same, up to rounding. `tests/benchmark.py` compares both with nn.Linear:
+    The result is the same, up to rounding. The gain depends on the machine; `tests/benchmark.py`
+    compares with nn.Linear:
 
     - Many rows, as in training: 1.2 to 1.4 times as fast on four cores with AVX2, no difference
-    on
-      two cores with AVX-512.
-    - Few rows and a large weight, as in generation with a large model: 1.5 times as fast.
+      on two cores with AVX-512.
+    - Few rows and a large weight, as in generation with 6 layers of 384 channels: 1.5 times as
+      fast on one machine with two cores and AVX-512, 0.86 times on another.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
