@@ -3,14 +3,21 @@
 import argparse
 import itertools
 import math
-import re
 import signal
 import sys
 from pathlib import Path
 
 import torch
 
-from model import GPT, MODEL_PATH, CharTokenizer, default_device, is_out_of_memory, load_model
+from model import (
+    GPT,
+    MODEL_PATH,
+    CharTokenizer,
+    default_device,
+    is_out_of_memory,
+    load_model,
+    with_hyphens,
+)
 
 prompt = "The machine stood in the middle of the"  # edit this
 
@@ -61,11 +68,6 @@ def parse_arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def with_hyphens(argument: str) -> str:
-    """Accepts --top_k for --top-k. A value after = is left as it is."""
-    return re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), argument)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import secrets
 import sys
 import time
@@ -556,6 +557,7 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------
 
 MODEL_PATH = Path(__file__).resolve().parent / "models/model-scifi.pth"
+DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
 REPLACE_ATTEMPTS = 20  # a tenth of a second apart
 
 
@@ -588,8 +590,7 @@ def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **metadata: Any
 
 def with_digest(archive: bytes) -> bytes:
     """Appends the SHA-256 of an archive to it. Readers of zip archives see it as a comment."""
-    hexadecimal_digits = 64
-    body = archive[:-2] + hexadecimal_digits.to_bytes(2, "little")  # the length of the comment
+    body = archive[:-2] + DIGEST_LENGTH.to_bytes(2, "little")  # the length of the comment
     return body + hashlib.sha256(body).hexdigest().encode()
 
 
@@ -632,7 +633,10 @@ def load_model(
     try:
         check_archive(data)
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        check_digest(data, content)
+        if "facts" in content:  # what files held before they had metadata and a digest
+            content["metadata"] = content.pop("facts")
+        else:
+            check_digest(data)
         config = GPTConfig(**content["config"])
         tokenizer = CharTokenizer(content["vocabulary"])
         weights = content["weights"]
@@ -665,18 +669,14 @@ def check_archive(data: bytes) -> None:
             raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def check_digest(data: bytes, content: dict[str, Any]) -> None:
+def check_digest(data: bytes) -> None:
     """The digest at the end must be that of all bytes before it.
 
     The checksums alone do not suffice: Python and PyTorch can find different members in an
-    archive whose directory is damaged. Files saved before there were digests hold "facts"
-    instead of "metadata", and are accepted without.
+    archive whose directory is damaged.
     """
-    if "facts" in content:
-        content["metadata"] = content.pop("facts")
-        return
-    archive = data[: -len(hashlib.sha256().hexdigest())]
-    if with_digest(archive[:-2] + bytes(2)) != data:
+    body, digest = data[:-DIGEST_LENGTH], data[-DIGEST_LENGTH:]
+    if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ValueError("its digest is wrong")
 
 
@@ -704,6 +704,11 @@ def check_sizes(
 def default_device() -> str:
     """Returns the accelerator of this machine, such as "cuda" or "mps", or else "cpu"."""
     return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
+
+def with_hyphens(argument: str) -> str:
+    """Accepts a flag such as --batch_size for --batch-size. A value after = is left as it is."""
+    return re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), argument)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -39,6 +39,7 @@ from model import (
     is_out_of_memory,
     load_model,
     save_model,
+    with_hyphens,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -358,6 +359,7 @@ class Trainer:
         self.step = 0  # steps done
         self.last_evaluation = -1  # the step of the last evaluation
         self.best_val_loss = math.inf
+        self.best_step = 0  # the step of the best validation loss
         self.loss = torch.zeros(())  # of the last step
         self.grad_norm = torch.zeros(())
         self.tracked_runs: dict[str, str] = {}  # how each tracker finds this run again
@@ -542,6 +544,7 @@ class Trainer:
         """Saves the model if its loss is the lowest so far."""
         if val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
+            self.best_step = self.step
             save_model(
                 self.settings.model, self.model, self.tokenizer, step=self.step, val_loss=val_loss
             )
@@ -557,6 +560,7 @@ class Trainer:
             step=self.step,
             last_evaluation=self.last_evaluation,
             best_val_loss=self.best_val_loss,
+            best_step=self.best_step,
             optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
             tracked_runs=self.tracked_runs,
         )
@@ -584,6 +588,7 @@ class Trainer:
         self.step = metadata["step"]
         self.last_evaluation = metadata["last_evaluation"]
         self.best_val_loss = metadata["best_val_loss"]
+        self.best_step = metadata["best_step"]
         self.tracked_runs = metadata["tracked_runs"]
 
 
@@ -1038,11 +1043,6 @@ def parse_arguments() -> tuple[Settings, AimTracker | TensorBoardTracker | None]
     return settings, tracker
 
 
-def with_hyphens(argument: str) -> str:
-    """Accepts --batch_size for --batch-size. A value after = is left as it is."""
-    return re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), argument)
-
-
 def check_device(settings: Settings) -> None:
     """Raises ValueError if the device cannot be used."""
     try:
@@ -1122,12 +1122,9 @@ def open_command(tracking: Tracking) -> str:
 
 def describe_end(trainer: Trainer) -> None:
     settings = trainer.settings
-    if trainer.best_val_loss == math.inf:
-        return  # nothing was trained, so nothing was saved
-    _, _, metadata = load_model(settings.model)
     print_notice(
-        f"{settings.model} is the model of step {metadata['step']}, "
-        f"with the lowest validation loss, {metadata['val_loss']:.4f}"
+        f"{settings.model} is the model of step {trainer.best_step}, "
+        f"with the lowest validation loss, {trainer.best_val_loss:.4f}"
     )
     model_flag = (
         "" if settings.model == MODEL_PATH else f" --model {shlex.quote(str(settings.model))}"
