@@ -1,8 +1,9 @@
 """A GPT-2 style, character-level language model, from scratch. Read it from top to bottom.
 
 The architecture is GPT-2's: the decoder of "Attention Is All You Need", without an encoder and
-with the norms moved to the front. Two things differ from GPT-2: positions are encoded by fixed
-sines and cosines instead of learned vectors, and the output layer has weights of its own.
+with the norms moved to the front. The function differs from GPT-2's in two things: positions are
+encoded by fixed sines and cosines instead of learned vectors, and the output layer has weights
+of its own. In training, the embedding begins larger, and attention weights are not dropped.
 
 Papers, as cited below:
 
@@ -122,7 +123,10 @@ class CharTokenizer:
         return cls("".join(sorted(set(text))))
 
     def encode(self, text: str) -> Tensor:
-        """Returns the ids, `(len(text),)`. Raises ValueError if a character is unknown."""
+        """Returns the ids, `(len(text),)`, as small integers; the model needs them as `.long()`.
+
+        Raises ValueError if a character is unknown.
+        """
         ids = torch.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), PIECE):
             codes = code_points(text[start : start + PIECE])
@@ -142,9 +146,9 @@ class CharTokenizer:
 
 def code_points(text: str) -> Tensor:
     """Returns `ord` of each character, `(len(text),)`."""
-    utf32 = text.encode(
-        "utf-32", "surrogatepass"
-    )  # four bytes a character, after a byte order mark
+    # Four bytes a character, after a byte order mark. An argument of a command can contain half of
+    # a surrogate pair; "surrogatepass" lets `encode` name it.
+    utf32 = text.encode("utf-32", "surrogatepass")
     return torch.frombuffer(bytearray(utf32), dtype=torch.int32)[1:].long()
 
 
@@ -206,10 +210,10 @@ class Attention(nn.Module):
         """
         T, S, D = q.size(-2), k.size(-2), q.size(-1)
 
-        # How well does each key fit each query? A score is a sum of D products, whose standard
-        # deviation is sqrt(D) if the factors have variance 1; the division brings it back to 1.
-        # With large scores the softmax would give all the weight to one key, and its gradient
-        # would vanish ([V] section 3.2.1, footnote 4).
+        # How well does each key fit each query? A score is a sum of D products. If their factors
+        # are independent, with mean 0 and variance 1, the sum has a standard deviation of sqrt(D);
+        # the division brings it back to 1. With large scores the softmax would give all the weight
+        # to one key, and its gradient would vanish ([V] section 3.2.1, footnote 4).
         scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
 
         # No character may use what comes after it: exp(-inf) is a weight of 0.
@@ -231,8 +235,8 @@ class Attention(nn.Module):
 class KVCache:
     """The keys and values of all characters that one block has read.
 
-    They depend only on the characters before them, so they never change: a generated character
-    costs one step of the model, not one for each character before it.
+    They depend only on a character and those before it, so they never change. With a cache a new
+    character costs the work for one position; without it, that for all positions again.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
@@ -261,10 +265,9 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        # Linear is nn.Linear, made faster on a CPU by section 9.
-        self.qkv = Linear(
-            config.n_embd, 3 * config.n_embd
-        )  # queries, keys and values in one product
+        # Queries, keys and values in one product. Linear is nn.Linear; section 9 explains why it
+        # has a class of its own.
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
         self.attention = Attention()
         self.output = Linear(config.n_embd, config.n_embd)
 
@@ -297,8 +300,8 @@ class FeedForward(nn.Module):
     Attention only mixes vectors; here each one is transformed. Without the nonlinearity the two
     layers would be a single linear function. GELU is a smooth max(0, x); the tanh form is
     GPT-2's. Between the layers a vector is four times as wide, as in [V] and GPT-2: each of the
-    4 C channels detects a pattern of its own, and the second layer says what follows from those
-    found.
+    4 C channels can detect a pattern, and the second layer turns the patterns found into a
+    change of the vector.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -319,8 +322,8 @@ class TransformerBlock(nn.Module):
     gradients reach every layer undiminished, and a block has to learn only what to change.
 
     A LayerNorm gives each vector mean 0 and variance 1, then a learned scale and shift. It
-    comes before the layer and not after the sum, as in [V], so that nothing stands in the way
-    of the sums. With norms after the sums, the gradients of the last layers are large at the
+    comes before the layer, so that nothing stands in the way of the sums; in [V] it comes after
+    the sum. With norms after the sums, the gradients of the last layers are large at the
     beginning, and training needs a long warm-up (Xiong et al., 2020, section 3,
     https://arxiv.org/abs/2002.04745).
 
@@ -363,19 +366,19 @@ class GPT(nn.Module):
         self.register_buffer("positions", positions, persistent=False)  # a constant: not saved
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(C)
-        # Not tied to the embedding, as it is in GPT-2. Tying saves V C parameters: tens of
-        # millions with a vocabulary of words, about 1 % here. And the two want different sizes:
-        # see below.
+        # GPT-2 ties this layer to the embedding: both have the same weights. That saves V C
+        # parameters, tens of millions with GPT-2's vocabulary but about 1 % here, and the two
+        # should begin with weights of different sizes: see init_weights.
         self.lm_head = nn.Linear(C, V, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
         """Draws the weights. A norm begins as torch makes it: scale 1 and shift 0."""
-        # As large as the sines and cosines that are added, so that neither hides the other.
+        # About as large as the sines and cosines that are added, so that neither hides the other.
         nn.init.normal_(self.token_embedding.weight, std=1.0)
 
-        # The rest as in [GPT-1] section 4.1. The two layers of a block that end in a sum are
-        # smaller by sqrt(2 n_layer), the number of sums, so that x does not grow with depth
+        # The rest as in [GPT-1] section 4.1. The model has 2 n_layer sums. The layers whose results
+        # are added begin smaller by the square root of that, so that x hardly grows with depth
         # ([GPT-2] section 2.3).
         std = 0.02
         std_before_sum = std / math.sqrt(2 * self.config.n_layer)
@@ -441,9 +444,8 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Continues texts, ids `(B, T)` with T at least 1: yields the next ids, `(B,)`, one by one.
 
-        `temperature`, `top_k` and `top_p` are those of `sample`. The generator seeds a
-        generator for each text, so that a text depends on the seed and its place in the batch
-        alone, not on how many are written beside it.
+        `temperature`, `top_k` and `top_p` are those of `sample`. `generator`, on the CPU, draws a
+        seed for each text, so that a text does not depend on how many are written beside it.
 
         As long as everything fits the context, the texts are those that reading all characters
         again for each new one would give.
@@ -461,14 +463,14 @@ class GPT(nn.Module):
             scores = logits[:, -1]  # (B, V), of what follows the last character
 
             # Draw the next character of each text.
-            u = torch.stack([torch.rand((), generator=generator) for generator in generators])
+            u = torch.stack([torch.rand((), generator=g) for g in generators])
             next_ids = sample(scores, u.to(ids.device), temperature, top_k, top_p)  # (B,)
             yield next_ids
             window = torch.cat([window, next_ids[:, None]], dim=1)
 
             # When the context is full, forget the older half, and read the newer half again
-            # from position 0. Dropping a single character would mean to read all others again
-            # each time.
+            # from position 0. If only one character were dropped, the position of every other
+            # would change, and all would have to be read again for each new character.
             if window.size(1) > context_length:
                 window = window[:, -((context_length + 1) // 2) :]
                 for cache in caches:
