@@ -1,21 +1,36 @@
-"""Continues a prompt with the trained model. Standard output gets the text and nothing else."""
+"""Continues a prompt with the trained model, or shows how the model reads a text.
+
+    python inference.py                        continue the prompt below
+    python inference.py --interactive          continue one prompt after another
+    python inference.py --score "It was dark"  show how likely each character is
+
+Standard output gets the result and nothing else.
+"""
 
 import argparse
+import io
 import itertools
 import math
+import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 
 from model import (
     GPT,
     MODEL_PATH,
+    ROOT,
     CharTokenizer,
     default_device,
     is_out_of_memory,
     load_model,
+    read_text,
+    user_path,
+    visible,
     with_hyphens,
 )
 
@@ -23,6 +38,9 @@ prompt = "The machine stood in the middle of the"  # edit this
 
 LARGEST_INTEGER = 2**31
 LARGEST_SEED = 2**63
+REMEMBERED = Path()  # --check-copied without a FILE
+USAGE = """python inference.py [--FLAG VALUE ...]
+       a VALUE that begins with - follows an equals sign: --prompt=--Come!"""
 
 
 def main() -> None:
@@ -32,9 +50,19 @@ def main() -> None:
         # A console that has no character for something shows a question mark.
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        model, tokenizer, _ = load_model(args.model, args.device)
+        model, tokenizer, metadata = load_model(args.model, args.device)
         use_one_thread_for_little_work(model, args.num_samples)
-        write(model, tokenizer, args)
+        training_text = None
+        if args.check_copied is not None:
+            training_text = find_training_text(args, metadata)
+
+        if args.score is not None:
+            text = standard_input().read() if args.score == "-" else args.score
+            show_score(model, tokenizer, text)
+        elif args.interactive:
+            complete_lines(model, tokenizer, args, training_text)
+        else:
+            complete(model, tokenizer, args.prompt, args, training_text)
     except FileNotFoundError:
         sys.exit(f"error: there is no model {args.model}: train one with python train.py")
     except (OSError, ValueError) as error:
@@ -47,12 +75,12 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="python inference.py [--FLAG VALUE ...]",
-        description="Continues a prompt with the trained model.",
+        usage=USAGE,
+        description="Continues a prompt with the trained model, or shows how it reads a text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", type=Path, default=MODEL_PATH, help="the file that train.py has saved")
+    add("--model", type=user_path, default=MODEL_PATH, help="the file that train.py has saved")
     add("--prompt", default=prompt, help="what the text begins with")
     add("--max-new-tokens", type=int, default=500, help="characters to add")
     add("--temperature", type=float, default=0.8, help="0: the likeliest; higher: more varied")
@@ -62,6 +90,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, help="makes the text the same each time")
     add("--num-samples", type=int, default=1, help="texts to write, with a blank line between")
     add("--device", default=default_device(), help="cpu, cuda or mps")
+    add(
+        "--check-copied",
+        type=user_path,
+        nargs="?",
+        const=REMEMBERED,
+        metavar="FILE",
+        help="say how much of the text occurs in the training text, FILE if it has been moved",
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--interactive", action="store_true", help="continue each line of standard input"
+    )
+    modes.add_argument(
+        "--score", metavar="TEXT", help="show how likely each character of TEXT is; -: of the input"
+    )
     args = parser.parse_args([with_hyphens(argument) for argument in sys.argv[1:]])
     try:
         check_arguments(args)
@@ -79,6 +122,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     check(args.stop != "", "--stop must not be empty")
     check(args.seed is None or 0 <= args.seed < LARGEST_SEED, "--seed must be from 0 to 2^63 - 1")
     check(1 <= args.num_samples < 2**16, "--num-samples must be from 1 to 65535")
+    if args.score is not None:
+        check(args.check_copied is None, "--check-copied needs a generated text, not --score")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
@@ -124,14 +169,24 @@ class Completion:
     def ends_with(self, text: str) -> bool:
         return "".join(self.characters[-len(text) :]) == text
 
+    @property
+    def text(self) -> str:
+        return "".join(self.characters)
 
-def write(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace) -> None:
+
+def complete(
+    model: GPT,
+    tokenizer: CharTokenizer,
+    prompt: str,
+    args: argparse.Namespace,
+    training_text: str | None,
+) -> None:
     """Prints the first text while it is generated, then the others, which grow at the same time.
 
     Raises ValueError if the model does not know a character of the prompt or of the stop text.
     """
     device = model.lm_head.weight.device
-    start = tokenizer.encode(args.prompt or first_character(tokenizer)).long().to(device)  # (T,)
+    start = tokenizer.encode(prompt or first_character(tokenizer)).long().to(device)  # (T,)
     tokenizer.encode(args.stop or "")
     generator = torch.Generator()
     if args.seed is None:
@@ -144,7 +199,7 @@ def write(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace) -> Non
 
     completions = [Completion(args.stop) for _ in prompts]
     steps_at_once = 1 if device.type == "cpu" else 16  # a GPU is not stopped for each character
-    print(args.prompt, end="", flush=True)
+    print(prompt, end="", flush=True)
     while steps := list(itertools.islice(new_ids, steps_at_once)):
         for completion, ids in zip(completions, torch.stack(steps, dim=1), strict=True):
             added = completion.add(tokenizer.decode(ids))
@@ -152,16 +207,154 @@ def write(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace) -> Non
                 print(added, end="", flush=True)
         if all(completion.is_finished for completion in completions):
             break
-    print()
+    print(flush=True)
 
     for completion in completions[1:]:
         print()
-        print(args.prompt + "".join(completion.characters))
+        print(prompt + completion.text, flush=True)
+    if training_text is not None:
+        report_copied([completion.text for completion in completions], training_text)
 
 
 def first_character(tokenizer: CharTokenizer) -> str:
     """What an empty prompt begins with, without being printed: the model has to read something."""
     return "\n" if "\n" in tokenizer.characters else tokenizer.characters[0]
+
+
+def standard_input() -> TextIO:
+    """Returns standard input as UTF-8; what is not UTF-8 becomes characters that are unknown."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="surrogateescape")
+
+
+# --interactive
+
+
+def complete_lines(
+    model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace, training_text: str | None
+) -> None:
+    """Continues each line of standard input. Ctrl-C stops a text, the end of input the session."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt
+    lines = standard_input()
+    while True:
+        try:
+            if lines.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = lines.readline()
+            if not line:
+                return
+            complete(model, tokenizer, line.rstrip("\r\n"), args, training_text)
+        except KeyboardInterrupt:
+            print(flush=True)
+        except ValueError as error:  # an unknown character
+            print(f"error: {error}", file=sys.stderr)
+
+
+# --score
+
+
+def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
+    """Prints how likely the model finds each character of a text but the first.
+
+    Raises ValueError if the text is shorter than two characters or one of them is unknown.
+    """
+    if len(text) < 2:
+        raise ValueError("--score needs at least two characters: the first is only read")
+    ids = tokenizer.encode(text).long().to(model.lm_head.weight.device)  # (T,)
+    log_probs = read_logits(model, ids).log_softmax(dim=-1)  # (T, V)
+    losses = -log_probs[:-1].gather(1, ids[1:, None]).flatten()  # (T - 1,), in nats
+
+    print("character  probability   bits  likeliest")
+    for character, loss, row in zip(text[1:], losses.tolist(), log_probs[:-1], strict=True):
+        bits = loss / math.log(2)
+        shown = colored(f"{visible(character):<9}", bits)
+        print(f"{shown}  {math.exp(-loss):11.2%}  {bits:5.2f}  {likeliest(tokenizer, row, 3)}")
+    print(f"next: {likeliest(tokenizer, log_probs[-1], 5)}")
+
+    loss = losses.mean().item()
+    print(
+        f"loss {loss:.3f} nats, {loss / math.log(2):.2f} bits/char, "
+        f"perplexity {math.exp(loss):.2f} over {len(losses)} characters",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def read_logits(model: GPT, ids: Tensor) -> Tensor:
+    """Computes the scores of what follows each character of a text, `(T,)` to `(T, V)`.
+
+    A text that is longer than the context is read in windows that overlap by half, so that the
+    model sees at least half a context before each character.
+    """
+    context_length = model.config.context_length
+    step = max(1, context_length // 2)
+    logits, _ = model(ids[None, :context_length])
+    parts = [logits[0]]
+    for end in range(context_length + step, len(ids) + step, step):
+        window = ids[None, end - context_length : end]  # the last one may be shorter
+        logits, _ = model(window)
+        parts.append(logits[0, context_length - step :])  # of the characters not read before
+    return torch.cat(parts)
+
+
+def likeliest(tokenizer: CharTokenizer, log_probs: Tensor, count: int) -> str:
+    """Returns the likeliest characters with their probabilities, given the logarithms, `(V,)`."""
+    count = min(count, tokenizer.vocab_size)
+    probs, ids = log_probs.exp().topk(count)
+    pairs = zip(tokenizer.decode(ids), probs.tolist(), strict=True)
+    return "  ".join(f"{visible(character)} {prob:.0%}" for character, prob in pairs)
+
+
+GREEN, YELLOW, RED = 32, 33, 31  # of terminals: https://en.wikipedia.org/wiki/ANSI_escape_code
+
+
+def colored(text: str, bits: float) -> str:
+    """Colors a text on a terminal by how surprising it is."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):  # https://no-color.org
+        return text
+    color = GREEN
+    if bits >= 1:
+        color = YELLOW
+    if bits >= 4:
+        color = RED
+    return f"\033[{color}m{text}\033[0m"
+
+
+# --check-copied
+
+
+def find_training_text(args: argparse.Namespace, metadata: dict[str, Any]) -> str:
+    """Reads the file that is named, or the one that the model remembers, if it is unchanged."""
+    advice = "name it with --check-copied FILE"
+    if args.check_copied != REMEMBERED:
+        text, _ = read_text(args.check_copied)
+        return text
+    if "text" not in metadata:
+        raise ValueError(f"{args.model} does not say which text it has learned from: {advice}")
+    path = ROOT / metadata["text"]
+    if not path.exists():
+        raise ValueError(f"the training text {path} is not found: {advice}")
+    text, digest = read_text(path)
+    if digest != metadata["text_digest"]:
+        raise ValueError(f"{path} is not what the model has learned from: {advice}")
+    return text
+
+
+def report_copied(texts: list[str], training_text: str) -> None:
+    longest = max((longest_copied(text, training_text) for text in texts), key=len)
+    print(f"longest copied stretch: {len(longest)} characters: {longest!r}", file=sys.stderr)
+
+
+def longest_copied(text: str, training_text: str) -> str:
+    """Returns the longest part of a text that occurs in the training text, the first of several."""
+    longest = ""
+    for start in range(len(text)):
+        end = start + len(longest) + 1  # only something longer is of interest
+        while end <= len(text) and text[start:end] in training_text:
+            longest = text[start:end]
+            end += 1
+    return longest
 
 
 if __name__ == "__main__":

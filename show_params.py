@@ -1,13 +1,28 @@
-"""Shows what a trained model consists of: every parameter tensor, their total, and its settings."""
+"""Shows what a trained model consists of: every parameter tensor and its meaning."""
 
 import argparse
 import signal
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from model import GPT, MODEL_PATH, load_model
+from model import GPT, MODEL_PATH, CharTokenizer, load_model, user_path
+
+# What each kind of tensor does, by the end of its name.
+MEANINGS = {
+    "token_embedding.weight": "a vector for each character",
+    "norm.weight": "scales each channel of a vector after it was normalized",
+    "norm.bias": "shifts each channel of a vector after it was normalized",
+    "attention.qkv.weight": "makes a query, a key and a value of each vector",
+    "attention.qkv.bias": "is added to them",
+    "attention.output.weight": "mixes what the heads have found",
+    "attention.output.bias": "is added to it",
+    "feed_forward.expand.weight": "detects patterns in a vector, four times as many as channels",
+    "feed_forward.expand.bias": "is added, so that a pattern is found more or less easily",
+    "feed_forward.contract.weight": "turns the patterns found into a change of the vector",
+    "feed_forward.contract.bias": "is added to the change",
+    "lm_head.weight": "compares a vector with each character: the scores of what comes next",
+}
 
 
 def main() -> None:
@@ -17,33 +32,50 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", type=Path, default=MODEL_PATH, help="the file that train.py has saved"
+        "--model", type=user_path, default=MODEL_PATH, help="the file that train.py has saved"
     )
     args = parser.parse_args()
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader of the output may stop early
+    if sys.stdout is not None:  # it can be closed
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        model, _, metadata = load_model(args.model)
-        show(model, metadata)
+        model, tokenizer, metadata = load_model(args.model)
+        show_parameters(model)
+        show_meanings(model)
+        show_settings(model, tokenizer, metadata)
     except FileNotFoundError:
         sys.exit(f"error: there is no model {args.model}: train one with python train.py")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 
-def show(model: GPT, metadata: dict[str, Any]) -> None:
+def show_parameters(model: GPT) -> None:
     parameters = dict(model.named_parameters())
     width = max(len(name) for name in parameters)
-
-    print(f"{'parameter':{width}}  {'shape':>14}  {'count':>12}")
+    print(f"{'parameter':{width}}  {'shape':>14}  {'count':>12}  {'mean':>8}  {'std':>8}")
     for name, p in parameters.items():
-        print(f"{name:{width}}  {tuple(p.shape)!s:>14}  {p.numel():12,}")
+        mean, std = p.mean().item(), p.std(correction=0).item()
+        print(f"{name:{width}}  {tuple(p.shape)!s:>14}  {p.numel():12,}  {mean:8.4f}  {std:8.4f}")
     print(f"{'total':{width}}  {'':14}  {model.config.parameter_count:12,}")
 
+
+def show_meanings(model: GPT) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    print()
+    for ending, meaning in MEANINGS.items():
+        if any(name.endswith(ending) for name in names):
+            print(f"{ending}: {meaning}")
+
+
+def show_settings(model: GPT, tokenizer: CharTokenizer, metadata: dict[str, Any]) -> None:
     print()
     for name, value in {**asdict(model.config), **metadata}.items():
         if isinstance(value, int | float):  # a checkpoint has more, for --resume
-            print(f"{name:{width}}  {value:.10g}")
+            print(f"{name}: {value:.10g}")
+        elif name == "text":
+            print(f"{name}: {value}")
+    print(f"known characters: {tokenizer.describe()}")
     print(end="", flush=True)  # raises OSError now if the disk is full
 
 

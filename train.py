@@ -9,8 +9,10 @@ Each field of `Settings` is also a flag: `batch_size` is `--batch-size`.
 
 import argparse
 import contextlib
+import csv
 import gc
 import hashlib
+import io
 import math
 import os
 import re
@@ -19,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -27,22 +30,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import (
     GPT,
     MODEL_PATH,
+    ROOT,
     CharTokenizer,
     GPTConfig,
+    cpu_capabilities,
     default_device,
     is_out_of_memory,
     load_model,
+    read_text,
     save_model,
+    user_path,
     with_hyphens,
+    write_file,
 )
 
-ROOT = Path(__file__).resolve().parent
 BOOKS = ROOT / "data/scifi.txt"
 SAMPLE = ROOT / "data/sample.txt"
 
@@ -110,7 +118,7 @@ class Settings:
     device: str = setting(default_device(), "cpu, cuda or mps")
     precision: str = setting(
         "auto",
-        "of matrix products; auto is bf16 where it is faster",
+        "of matrix products; auto is bf16 where it is fast, else fp32, with TF32 on a GPU",
         choices=("auto", "fp32", "bf16"),
     )
     compile: bool = setting(False, "compile the model first, which pays on a GPU")
@@ -134,6 +142,9 @@ class Settings:
                 f"--batch-size ({self.batch_size}) must be a multiple of "
                 f"--accumulate ({self.accumulate})"
             )
+        if self.device.startswith("mps") and self.precision == "bf16":
+            # In bfloat16 its attention lets a character use later ones (pytorch issue 195910).
+            raise ValueError("--precision bf16 gives wrong results with --device mps: use fp32")
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         return GPTConfig(
@@ -151,6 +162,11 @@ class Settings:
         return self.model.with_name(self.model.name.removesuffix(".pth") + ".train.pth")
 
     @property
+    def loss_log(self) -> Path:
+        """The file with a row for each evaluation: models/model-scifi.csv."""
+        return self.model.with_name(self.model.name.removesuffix(".pth") + ".csv")
+
+    @property
     def characters_per_step(self) -> int:
         return self.batch_size * self.context_length
 
@@ -162,20 +178,6 @@ def flag_name(field_name: str) -> str:
 # ----------------------------------------------------------------------------------------
 # Text
 # ----------------------------------------------------------------------------------------
-
-
-def read_text(path: Path) -> tuple[str, str]:
-    """Reads a text and the SHA-256 of its bytes.
-
-    Raises OSError if the file cannot be read, ValueError if it is not UTF-8.
-    """
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it first") from error
-    return text.removeprefix("\ufeff"), digest  # without a byte order mark
 
 
 def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -202,6 +204,61 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
     stride = max(context_length, (len(ids) - context_length - 1) // count)
     starts = range(0, len(ids) - context_length, stride)[:count]
     return torch.stack([ids[start : start + context_length + 1].long() for start in starts])
+
+
+MOST_COUNTED = 2_000_000  # characters; more would take longer and change the losses little
+
+
+def ngram_losses(train_ids: Tensor, val_ids: Tensor, vocab_size: int) -> list[float]:
+    """Returns the losses, in nats, of what counting alone can do: the losses to beat.
+
+    All characters of the validation part are predicted: as equally likely (uniform), and from
+    how often characters occur in the training part at all (unigram), after the same character
+    (bigram) and after the same two (trigram).
+
+    Where there is little to count, Witten-Bell smoothing takes more from the shorter history
+    (Witten and Bell, 1991; Chen and Goodman, 1998, section 2.5). With n(h c), how often the
+    character c follows the history h, n(h), how often any does, and k(h), how many different
+    characters do:
+
+        p(c | h) = (n(h c) + k(h) p(c | h without its first character)) / (n(h) + k(h))
+    """
+    V = vocab_size
+    text = torch.cat([train_ids[-2:], val_ids])  # the first characters have histories too
+    probs = torch.full((len(val_ids),), 1 / V, dtype=torch.double)
+    losses = [math.log(V)]
+    for n in (1, 2, 3):
+        ngrams, counts = ngram_codes(train_ids, n, V).unique(return_counts=True)
+        histories, which, kinds = (ngrams // V).unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        totals = torch.zeros_like(histories).index_add_(0, which, counts)
+
+        codes = ngram_codes(text[3 - n :], n, V)  # that end with each validation character
+        count = look_up(codes, ngrams, counts)  # n(h c)
+        total = look_up(codes // V, histories, totals)  # n(h)
+        kind = look_up(codes // V, histories, kinds)  # k(h)
+        smoothed = (count + kind * probs) / (total + kind)
+        probs = torch.where(total > 0, smoothed, probs)
+        losses.append(-probs.log().mean().item())
+    return losses
+
+
+def ngram_codes(ids: Tensor, n: int, vocab_size: int) -> Tensor:
+    """Returns a number for each n characters in a row: their ids as digits of base V."""
+    count = len(ids) - n + 1
+    codes = torch.zeros(count, dtype=torch.long)
+    for i in range(n):
+        codes = codes * vocab_size + ids[i : i + count]
+    return codes
+
+
+def look_up(wanted: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Returns the value of each wanted key, or 0. The keys are in ascending order."""
+    if len(keys) == 0:
+        return torch.zeros_like(wanted)
+    places = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    return torch.where(keys[places] == wanted, values[places], 0)
 
 
 # ----------------------------------------------------------------------------------------
@@ -353,10 +410,7 @@ class Trainer:
         self.world = world
         self.micro_batch_size = self.share_batch()
         self.device = use_device(settings)
-        self.precision = choose_precision(settings, self.device)
-        self.autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        )
+        self.use_precision(choose_precision(settings, self.device))
 
         self.load_text()
         torch.manual_seed(self.seed())
@@ -388,16 +442,23 @@ class Trainer:
             )
         return self.settings.batch_size // shares
 
+    def use_precision(self, precision: str) -> None:
+        """Computes matrix products in "fp32" or "bf16"; the weights are kept in 32 bits."""
+        self.precision = precision
+        self.autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=precision == "bf16"
+        )
+
     def load_text(self) -> None:
         text, self.text_digest = read_text(self.settings.data)
         self.tokenizer = CharTokenizer.from_text(text)
         ids = self.tokenizer.encode(text)  # (characters,)
         self.characters = len(ids)
-        self.train_ids, val_ids = split_text(ids, self.settings)
+        self.train_ids, self.val_ids = split_text(ids, self.settings)
         context_length, count = self.settings.context_length, self.settings.eval_windows
         self.eval_windows = {
             "train": evaluation_windows(self.train_ids, context_length, count),
-            "val": evaluation_windows(val_ids, context_length, count),
+            "val": evaluation_windows(self.val_ids, context_length, count),
         }
 
     def make_fixed_settings(self) -> dict[str, Any]:
@@ -416,8 +477,10 @@ class Trainer:
         model = self.model
         if self.world > 1:
             self.check_processes_are_at_one_step()
-            # The only buffer is the table of positions, which never changes.
-            model = DistributedDataParallel(model, broadcast_buffers=False)
+            model = DistributedDataParallel(model)
+            # Do not send the only buffer, the table of positions, before each step: it never
+            # changes. (The argument of this name is deprecated, and its successor is new.)
+            model.broadcast_buffers = False
         if self.settings.compile:
             model = torch.compile(model)
         return model
@@ -484,7 +547,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            optimizer.step()
+            with self.autocast:  # for Muon's products
+                optimizer.step()
             optimizer.zero_grad()
         self.step += 1
         return self.loss
@@ -553,7 +617,13 @@ class Trainer:
             self.best_val_loss = val_loss
             self.best_step = self.step
             save_model(
-                self.settings.model, self.model, self.tokenizer, step=self.step, val_loss=val_loss
+                self.settings.model,
+                self.model,
+                self.tokenizer,
+                step=self.step,
+                val_loss=val_loss,
+                text=path_to_remember(self.settings.data),
+                text_digest=self.text_digest,
             )
 
     def save_checkpoint(self) -> None:
@@ -564,6 +634,7 @@ class Trainer:
             self.model,
             self.tokenizer,
             fixed_settings=self.fixed_settings,
+            precision=self.precision,
             step=self.step,
             last_evaluation=self.last_evaluation,
             best_val_loss=self.best_val_loss,
@@ -592,6 +663,9 @@ class Trainer:
         self.model.load_state_dict(model.state_dict())
         for optimizer, state in zip(self.optimizers, metadata["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+        if self.settings.precision == "auto":
+            self.settings = replace(self.settings, precision=metadata["precision"])
+            self.use_precision(self.settings.precision)
         self.step = metadata["step"]
         self.last_evaluation = metadata["last_evaluation"]
         self.best_val_loss = metadata["best_val_loss"]
@@ -606,29 +680,109 @@ def use_device(settings: Settings) -> torch.device:
         index = int(os.environ.get("LOCAL_RANK", device.index or 0))
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32: faster, with 10 bits after the point
+        # TF32 rounds the factors of a product to 10 bits after the point, which is faster.
+        tf32_or_full = "highest" if settings.precision == "fp32" else "high"
+        torch.set_float32_matmul_precision(tf32_or_full)
     return device
 
 
 def choose_precision(settings: Settings, device: torch.device) -> str:
-    """Returns "bf16" where it is asked for or faster, else "fp32"."""
+    """Returns "bf16" where it is asked for or fast, else "fp32"."""
     if settings.precision != "auto":
         return settings.precision
     if device.type == "cuda":
-        is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         # Where matrices are small, converting between fp32 and bf16 takes longer than bf16 saves.
-        processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        is_faster = processor.get("avx512_bf16", False) and settings.n_embd >= 128
+        is_fast = cpu_has_fast_bf16(cpu_capabilities()) and settings.n_embd >= 128
     else:
-        is_faster = False
-    return "bf16" if is_faster else "fp32"
+        is_fast = False
+    return "bf16" if is_fast else "fp32"
+
+
+def cpu_has_fast_bf16(processor: dict[str, Any]) -> bool:
+    """True if the processor computes products faster in bfloat16 than in 32 bits.
+
+    With AMX it does. With AVX-512 alone it depends on the maker: one machine took 0.6 times as
+    long for a training step, but on an Intel Xeon with AVX-512 FP16 products ran at half speed.
+    """
+    if "Intel" in processor.get("cpu_name", ""):
+        return processor.get("amx_bf16", False)
+    return processor.get("avx512_bf16", False)
+
+
+def path_to_remember(path: Path) -> str:
+    """Returns a path in the project, or of a file elsewhere its name alone: models are shared."""
+    path = path.resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def check_directory_is_writable(directory: Path) -> None:
     """Raises OSError now, rather than at the first evaluation."""
     directory.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=directory).close()
+
+
+# ----------------------------------------------------------------------------------------
+# What the model has learned
+# ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def loss_by_context(model: GPT, windows: Tensor) -> dict[int, float]:
+    """Returns what context is worth: the loss of characters with so many others before them.
+
+    For k = 1, 2, 4, ... below the context length T, the mean over windows, `(N, T + 1)`, and over
+    all characters that have k to 2 k - 1 others before them. The loss of a single character has a
+    standard deviation of about 1.8 nats, so that of the mean for k is about 1.8 / sqrt(N k).
+    """
+    losses = []  # (batch, T) each
+    for rows in windows.to(model.lm_head.weight.device).split(32):
+        logits, _ = model(rows[:, :-1])  # (batch, T, V)
+        losses.append(F.cross_entropy(logits.mT, rows[:, 1:], reduction="none"))
+    by_position = torch.cat(losses).mean(dim=0)  # (T,): with 1, 2, ..., T characters before
+
+    powers = [2**i for i in range(20) if 2**i < model.config.context_length]
+    return {k: by_position[k - 1 : 2 * k - 1].mean().item() for k in powers}
+
+
+def write_passage(trainer: Trainer, model: GPT, length: int) -> str:
+    """Returns a text of the model, always with the same first character and the same draws."""
+    first = trainer.eval_windows["val"][:1, :1].to(trainer.device)  # (1, 1)
+    generator = torch.Generator().manual_seed(1)
+    new_ids = list(model.generate(first, length - 1, 0.8, generator=generator))
+    return trainer.tokenizer.decode(torch.cat([first[0], *new_ids]))
+
+
+@torch.no_grad()
+def attention_weights(model: GPT, ids: Tensor) -> list[Tensor]:
+    """Returns the attention weights of each block, `(H, T, T)`, for a text of ids, `(T,)`."""
+    weights = []
+
+    def keep_weights(attention: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        q, k, _ = inputs
+        weights.append(attention.weights(q, k)[0])
+
+    hooks = [
+        block.attention.attention.register_forward_hook(keep_weights) for block in model.blocks
+    ]
+    model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    return weights
+
+
+def attention_image(weights: Tensor) -> Tensor:
+    """Draws attention weights, `(H, T, T)`, side by side, with a white line after each head."""
+    visible = weights.sqrt()  # so that small weights can be seen
+    heads = F.pad(visible, (0, 1), value=1.0)  # (H, T, T + 1)
+    return enlarge(torch.cat(list(heads), dim=1))  # (T, H (T + 1))
+
+
+def enlarge(image: Tensor) -> Tensor:
+    """Makes an image, `(height, width)`, about 400 pixels high by repeating its pixels."""
+    zoom = math.ceil(384 / image.size(0))
+    return image.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1).cpu()
 
 
 # ----------------------------------------------------------------------------------------
@@ -757,17 +911,36 @@ class Tracking:
         """Tracks an evaluation. `speed` is in characters per second."""
         if self.tracker is None:
             return
-        try:
-            if not self.is_open:
-                self.open(trainer)
+        with self.failures_reported():
+            self.open(trainer)
             self.track_numbers(trainer, losses, speed)
-            self.track_passage(trainer)
-            self.track_images(trainer)
+            self.tracker.text("passage", write_passage(trainer, trainer.model, 100), trainer.step)
+            if trainer.step == 0:
+                table = enlarge(trainer.model.positions / 2 + 0.5)
+                self.tracker.image("positions", table, "each row is a position", trainer.step)
+            is_fourth = trainer.step % (4 * trainer.settings.eval_interval) == 0
+            if is_fourth and not trainer.is_finished():
+                self.track_attention(trainer, trainer.model, f"step {trainer.step}")
+
+    def track_best(self, trainer: Trainer, best: GPT) -> None:
+        """Tracks the attention weights of the best model, at the end of the run."""
+        if self.tracker is None:
+            return
+        with self.failures_reported():
+            self.open(trainer)
+            self.track_attention(trainer, best, f"the best model, of step {trainer.best_step}")
+
+    @contextlib.contextmanager
+    def failures_reported(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             self.report(error)
             self.close()
 
     def open(self, trainer: Trainer) -> None:
+        if self.is_open:
+            return
         settings = {
             **{name: str(value) for name, value in asdict(trainer.settings).items()},
             **trainer.fixed_settings,
@@ -800,28 +973,16 @@ class Tracking:
             }
             self.tracker.numbers(numbers, trainer.step)
 
-    def track_passage(self, trainer: Trainer) -> None:
-        first = trainer.eval_windows["val"][:1, :1].to(trainer.device)  # (1, 1)
-        generator = torch.Generator().manual_seed(1)
-        new_ids = list(trainer.model.generate(first, 100, 0.8, generator=generator))
-        passage = trainer.tokenizer.decode(torch.cat([first[0], *new_ids]))
-        self.tracker.text("passage", passage, trainer.step)
-
-    def track_images(self, trainer: Trainer) -> None:
-        """Tracks the table of positions once, and attention weights at every fourth evaluation."""
-        if trainer.step == 0:
-            table = enlarge(trainer.model.positions / 2 + 0.5)
-            self.tracker.image("positions", table, "each row is a position", trainer.step)
-        if trainer.step % (4 * trainer.settings.eval_interval) != 0:
-            return
+    def track_attention(self, trainer: Trainer, model: GPT, source: str) -> None:
         # Few characters, so that their squares can be told apart.
         length = min(32, trainer.settings.context_length)
         window = trainer.eval_windows["val"][0, :length].to(trainer.device)  # (T,)
         text = trainer.tokenizer.decode(window)
-        for i, weights in enumerate(attention_weights(trainer.model, window)):
+        for i, weights in enumerate(attention_weights(model, window)):
             caption = (
-                f"block {i}, one square for each head. Row t is how much character t takes from "
-                f"each character up to itself, from black (nothing) to white (all). Text: {text!r}"
+                f"{source}, block {i}, one square for each head. Row t is how much character t "
+                f"takes from each character up to itself, from black (nothing) to white (all). "
+                f"Text: {text!r}"
             )
             self.tracker.image(f"attention {i}", attention_image(weights), caption, trainer.step)
 
@@ -851,37 +1012,6 @@ def run_name(settings: Settings) -> str:
     return " ".join([*(differences or ["defaults"]), start])
 
 
-@torch.no_grad()
-def attention_weights(model: GPT, ids: Tensor) -> list[Tensor]:
-    """Returns the attention weights of each block, `(H, T, T)`, for a text of ids, `(T,)`."""
-    weights = []
-
-    def keep_weights(attention: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        q, k, _ = inputs
-        weights.append(attention.weights(q, k)[0])
-
-    hooks = [
-        block.attention.attention.register_forward_hook(keep_weights) for block in model.blocks
-    ]
-    model(ids[None])
-    for hook in hooks:
-        hook.remove()
-    return weights
-
-
-def attention_image(weights: Tensor) -> Tensor:
-    """Draws attention weights, `(H, T, T)`, side by side, with a white line after each head."""
-    visible = weights.sqrt()  # so that small weights can be seen
-    heads = torch.nn.functional.pad(visible, (0, 1), value=1.0)  # (H, T, T + 1)
-    return enlarge(torch.cat(list(heads), dim=1))  # (T, H (T + 1))
-
-
-def enlarge(image: Tensor) -> Tensor:
-    """Makes an image, `(height, width)`, about 400 pixels high by repeating its pixels."""
-    zoom = math.ceil(384 / image.size(0))
-    return image.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1).cpu()
-
-
 # ----------------------------------------------------------------------------------------
 # The loop
 # ----------------------------------------------------------------------------------------
@@ -890,12 +1020,14 @@ def enlarge(image: Tensor) -> Tensor:
 def train(trainer: Trainer, tracking: Tracking) -> int:
     """Trains until the last step or until a signal. Returns the number of the signal, or 0."""
     stop_signal = StopSignal(trainer.world)
+    loss_log = LossLog(trainer)
     with Progress(trainer) as progress:
         while True:
             if trainer.evaluation_is_due():
                 speed = progress.speed()
                 losses = trainer.evaluate()
                 progress.print_losses(losses, speed)
+                loss_log.add(trainer, losses, speed)
                 tracking.track(trainer, losses, speed)
                 if trainer.step > 0:  # nothing is replaced by an untrained model
                     trainer.save_if_best(losses["val"])
@@ -926,20 +1058,24 @@ class StopSignal:
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self.number = 0
+        self.received = 0  # the number of the signal that this process has received
+        self.number = 0  # of the signal at which all processes stop
         signal.signal(signal.SIGINT, self.receive)
         signal.signal(signal.SIGTERM, self.receive)
 
     def receive(self, number: int, frame: Any) -> None:
-        self.number = number
+        self.received = number
         signal.signal(number, signal.SIG_DFL)
 
     def was_received(self) -> bool:
-        """True if any process has received one: all processes stop after the same step."""
+        """True if any process has received one: all processes stop after the same step.
+
+        A signal that arrives while the processes communicate counts after the next step.
+        """
+        highest = torch.tensor(self.received)
         if self.world > 1:
-            highest = torch.tensor(self.number)
             dist.all_reduce(highest, dist.ReduceOp.MAX)
-            self.number = int(highest)
+        self.number = int(highest)
         return self.number != 0
 
 
@@ -996,6 +1132,41 @@ class Progress:
             print(line, flush=True)
 
 
+class LossLog:
+    """A CSV file beside the model with a row for each evaluation, which any program can plot.
+
+    Raises ValueError if the file of that name is something else.
+    """
+
+    columns = ("step", "train_loss", "val_loss", "learning_rate", "characters_per_second")
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.path = trainer.settings.loss_log
+        self.rows: list[list[str]] = []
+        if self.path.exists():
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            header, *rows = [*csv.reader(io.StringIO(text)), []]
+            if tuple(header) != self.columns:
+                raise ValueError(f"{self.path} is not a log of losses: move it, or change --model")
+            if trainer.step > 0:  # a resumed run: without what was logged after its checkpoint
+                steps = {str(step) for step in range(trainer.step + 1)}
+                self.rows = [row for row in rows if row and row[0] in steps]
+
+    def add(self, trainer: Trainer, losses: dict[str, float], speed: float) -> None:
+        row = [
+            str(trainer.step),
+            f"{losses['train']:.5f}",
+            f"{losses['val']:.5f}",
+            f"{trainer.learning_rate():.6g}",
+            f"{speed:.0f}",
+        ]
+        self.rows.append(row)
+        if trainer.step > 0:  # nothing is replaced by the log of an untrained model
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
+            write_file(self.path, text.getvalue().encode())
+
+
 def print_notice(message: str) -> None:
     """Prints a line on standard error, above the progress bar if there is one."""
     tqdm.write(message, file=sys.stderr)
@@ -1036,10 +1207,14 @@ def parse_arguments() -> tuple[Settings, AimTracker | TensorBoardTracker | None]
         if f.type is bool:
             parser.add_argument(flag_name(f.name), action="store_true", help=help)
         else:
+            kind = user_path if f.type is Path else f.type
             parser.add_argument(
-                flag_name(f.name), type=f.type, default=f.default, choices=choices, help=help
+                flag_name(f.name), type=kind, default=f.default, choices=choices, help=help
             )
-    arguments = parser.parse_args([with_hyphens(argument) for argument in sys.argv[1:]])
+    given = [with_hyphens(argument) for argument in sys.argv[1:]]
+    if "--no-aim" in given:
+        parser.error("--no-aim has become --tracker none")
+    arguments = parser.parse_args(given)
     try:
         settings = Settings(**vars(arguments))
         check_device(settings)
@@ -1052,6 +1227,8 @@ def parse_arguments() -> tuple[Settings, AimTracker | TensorBoardTracker | None]
 
 def check_device(settings: Settings) -> None:
     """Raises ValueError if the device cannot be used."""
+    if settings.device.startswith("mps") and "WORLD_SIZE" in os.environ:
+        raise ValueError("several processes cannot train with --device mps: use --device cpu")
     try:
         if settings.device.startswith("cuda") and not torch.cuda.is_available():
             raise RuntimeError("there is no GPU that torch can use")
@@ -1079,14 +1256,13 @@ def run(settings: Settings, tracking: Tracking, rank: int, world: int) -> int:
     if trainer.is_finished() and not trainer.evaluation_is_due():
         print_already_finished(trainer)
         return 0
+    if rank == 0 and trainer.step == 0:
+        print_losses_to_beat(trainer)
     stopped_by = train(trainer, tracking)
+    if rank == 0 and not stopped_by:
+        describe_end(trainer, tracking)
     tracking.close()
-
-    if stopped_by:
-        return 128 + stopped_by  # as a shell reports a process that a signal has ended
-    if rank == 0:
-        describe_end(trainer)
-    return 0
+    return 128 + stopped_by if stopped_by else 0  # as a shell reports an end by a signal
 
 
 def warn_of_replacement(path: Path) -> None:
@@ -1127,8 +1303,30 @@ def open_command(tracking: Tracking) -> str:
     return command if Path.cwd() == ROOT else f"cd {ROOT} && {command}"
 
 
-def describe_end(trainer: Trainer) -> None:
+def print_losses_to_beat(trainer: Trainer) -> None:
+    train_ids, val_ids = trainer.train_ids[-MOST_COUNTED:], trainer.val_ids[:MOST_COUNTED]
+    losses = ngram_losses(train_ids, val_ids, trainer.tokenizer.vocab_size)
+    names = ("uniform", "unigram", "bigram", "trigram")
+    figures = ", ".join(f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=True))
+    part = ""
+    if trainer.characters > len(train_ids) + len(val_ids):
+        part = f", from {MOST_COUNTED:,} characters of each part"
+    print(f"to beat: {figures} (nats/char on the validation text{part})", flush=True)
+
+
+CONTEXT_WINDOWS = 1000  # for the losses by context
+
+
+def describe_end(trainer: Trainer, tracking: Tracking) -> None:
+    """Shows what the best model has learned, and says what comes next."""
     settings = trainer.settings
+    best, _, _ = load_model(settings.model, trainer.device)
+    windows = evaluation_windows(trainer.val_ids, settings.context_length, CONTEXT_WINDOWS)
+    losses = loss_by_context(best, windows)
+    print("by context: " + ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items()), flush=True)
+    print_notice(f"a passage by the best model:\n{write_passage(trainer, best, 200)}\n")
+    tracking.track_best(trainer, best)
+
     print_notice(
         f"{settings.model} is the model of step {trainer.best_step}, "
         f"with the lowest validation loss, {trainer.best_val_loss:.4f}"

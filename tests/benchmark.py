@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import GPT, Attention, CharTokenizer, GPTConfig, Linear  # noqa: E402
-from train import Settings, Trainer, read_text  # noqa: E402
+from model import GPT, Attention, CharTokenizer, GPTConfig, Linear, read_text  # noqa: E402
+from train import Settings, Trainer  # noqa: E402
 
 MILLION = 2**20  # characters
 LABEL_WIDTH = 64
@@ -165,6 +166,7 @@ def measure_attention() -> None:
     )
 
 
+@mock.patch("model.TORCH_DIVIDES_WELL", False)  # measure it on any processor
 def measure_many_rows() -> None:
     """Compares a layer forward and backward, as in training."""
     for batch_size, context_length, channels in ((24, 128, 128), (32, 128, 192), (12, 128, 384)):
@@ -180,6 +182,7 @@ def measure_many_rows() -> None:
         )
 
 
+@mock.patch("model.TORCH_DIVIDES_WELL", False)
 @torch.inference_mode()
 def measure_few_rows() -> None:
     """Compares a layer without gradients, as in generation."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import model as model_module
 from model import (
     GPT,
     Attention,
@@ -42,6 +43,7 @@ from model import (
     sample,
     save_model,
     sinusoidal_encoding,
+    user_path,
 )
 
 CHARACTERS = "abcdefghijk"  # the vocabulary of the small models
@@ -1207,6 +1209,28 @@ def test_a_small_file_whose_blocks_share_their_weights_is_no_large_model(path, m
         load_model(path)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+def test_too_little_memory_is_not_called_damage(path, monkeypatch, error):
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as raised:
+        load_model(path)
+    assert raised.value is error
+
+    path.write_bytes(path.read_bytes()[:-1] + b"?")  # another digest
+    with pytest.raises(ValueError, match=REFUSAL):
+        load_model(path)
+
+
+def test_the_home_folder_can_be_written_as_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/m.pth") == tmp_path / "m.pth"
+    assert user_path("~nobody-of-that-name/m.pth") == Path("~nobody-of-that-name/m.pth")
+    assert user_path("models/~m.pth") == Path("models/~m.pth")
+
+
 # Failures while saving
 
 
@@ -1373,7 +1397,8 @@ SIZES = [(256, 768), (512, 257), (16, 48)]  # large; large, but prime; small
 
 
 @pytest.fixture(params=[1, 2, 3, 4])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(model_module, "TORCH_DIVIDES_WELL", False)  # as on any processor
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

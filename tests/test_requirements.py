@@ -20,22 +20,23 @@ WITH_AIM = {
 }
 
 
-def required_packages(system: str, version: str) -> set[str]:
-    """The names of the packages that pip would install there."""
+def required_packages(system: str, version: str) -> dict[str, Requirement]:
+    """The packages that pip would install there."""
     sys_platform, machine = SYSTEMS[system]
     environment = {
         "sys_platform": sys_platform,
         "platform_machine": machine,
         "python_version": version,
     }
-    names = set()
+    packages = {}
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()
         if text:
             requirement = Requirement(text)
             if requirement.marker is None or requirement.marker.evaluate(environment):
-                names.add(requirement.name)
-    return names
+                assert requirement.name not in packages
+                packages[requirement.name] = requirement
+    return packages
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -43,7 +44,15 @@ def required_packages(system: str, version: str) -> set[str]:
 def test_aim_is_installed_where_it_has_packages_and_tensorboard_elsewhere(system, version):
     tracker = "aim" if (system, version) in WITH_AIM else "tensorboard"
     always = {"torch", "numpy", "requests", "urllib3", "tqdm"}
-    assert required_packages(system, version) == always | {tracker}
+    assert required_packages(system, version).keys() == always | {tracker}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_macos_gets_a_torch_whose_attention_is_right_there(system):
+    torch = required_packages(system, "3.12")["torch"]
+    assert "2.12.0" in torch.specifier
+    assert "2.8.0" not in torch.specifier
+    assert ("2.11.0" in torch.specifier) == (system != "macOS ARM")
 
 
 def test_line_ends_are_the_same_in_a_clone_that_converts_them(tmp_path):

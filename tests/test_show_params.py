@@ -2,6 +2,7 @@
 
 import os
 import re
+import statistics
 import subprocess
 
 import pytest
@@ -9,8 +10,10 @@ from conftest import DAMAGES, damaged
 
 from model import load_model
 
-ROW = re.compile(r"^(\S+) +(\(.*\)) +([\d,]+)$", re.MULTILINE)
-NUMBER = re.compile(r"^(\w+) +(\S+)$", re.MULTILINE)
+NUMBER = r"-?\d+\.\d{4}"
+ROW = re.compile(rf"^(\S+) +(\(.*\)) +([\d,]+) +({NUMBER}) +({NUMBER})$", re.MULTILINE)
+TOTAL = re.compile(r"^total +([\d,]+)$", re.MULTILINE)
+PAIR = re.compile(r"^([\w .]+): (.*)$", re.MULTILINE)
 
 
 def integer(text: str) -> int:
@@ -20,15 +23,39 @@ def integer(text: str) -> int:
 def test_it_shows_every_tensor_with_its_shape_and_count(trained):
     model, _, _ = load_model(trained.model)
     rows = ROW.findall(trained.run("show_params.py").stdout)
-    shown = [(name, shape, integer(count)) for name, shape, count in rows]
+    shown = [(name, shape, integer(count)) for name, shape, count, _, _ in rows]
     expected = [(name, str(tuple(p.shape)), p.numel()) for name, p in model.named_parameters()]
     assert shown == expected
 
 
+def test_it_shows_the_mean_and_the_standard_deviation_of_every_tensor(trained):
+    model, _, _ = load_model(trained.model)
+    for name, _, _, mean, std in ROW.findall(trained.run("show_params.py").stdout):
+        values = model.get_parameter(name).flatten().tolist()
+        assert float(mean) == pytest.approx(statistics.fmean(values), abs=6e-5), name
+        assert float(std) == pytest.approx(statistics.pstdev(values), abs=6e-5), name
+
+
+def test_it_says_what_every_kind_of_tensor_does(trained):
+    output = trained.run("show_params.py").stdout
+    meanings = dict(PAIR.findall(output))
+    for name, *_ in ROW.findall(output):
+        assert [ending for ending in meanings if name.endswith(ending)], name
+
+
+def test_it_shows_the_known_characters(trained):
+    meanings = dict(PAIR.findall(trained.run("show_params.py").stdout))
+    shown = meanings["known characters"].split(" ")
+    names = {"\n": "\\n", " ": "space"}
+    assert shown == [names.get(character, character) for character in sorted(set(trained.text))]
+
+
 def test_it_shows_the_total_the_sizes_and_what_was_saved_with_the_model(trained):
     model, _, metadata = load_model(trained.model)
-    shown = dict(NUMBER.findall(trained.run("show_params.py").stdout))
-    assert integer(shown["total"]) == sum(p.numel() for p in model.parameters())
+    output = trained.run("show_params.py").stdout
+    (total,) = TOTAL.findall(output)
+    shown = dict(PAIR.findall(output))
+    assert integer(total) == sum(p.numel() for p in model.parameters())
     assert int(shown["n_embd"]) == 16
     assert int(shown["vocab_size"]) == model.config.vocab_size
     assert int(shown["step"]) == metadata["step"]

@@ -1,5 +1,6 @@
 """What train.py promises: its parts, and the program as its user sees it."""
 
+import csv
 import dataclasses
 import hashlib
 import math
@@ -10,27 +11,34 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import DAMAGES, SMALL_RUN, Project, damaged
 from torch.nn import functional as F
 
 import train
-from model import load_model
+from model import CharTokenizer, load_model, read_text
 from train import (
+    LossLog,
     Muon,
     Settings,
+    StopSignal,
     Tracking,
     Trainer,
     attention_image,
     attention_weights,
+    cpu_has_fast_bf16,
     evaluation_windows,
+    loss_by_context,
     make_tracker,
+    ngram_losses,
     orthogonalize,
-    read_text,
+    path_to_remember,
     run_name,
     split_text,
 )
@@ -76,8 +84,9 @@ def assert_same_weights(path: Path, other: Path) -> None:
 
 
 def evaluations(output: str) -> list[tuple[int, float, float, float]]:
-    """The step, both losses and the bits per character of each line."""
-    matches = [EVALUATION.fullmatch(line) for line in output.splitlines()]
+    """The step, both losses and the bits per character of each evaluation."""
+    lines = [line for line in output.splitlines() if line.startswith("step ")]
+    matches = [EVALUATION.fullmatch(line) for line in lines]
     return [(int(m[1]), float(m[2]), float(m[3]), float(m[4])) for m in matches]
 
 
@@ -176,6 +185,65 @@ def test_evaluation_windows_are_spread_over_the_text_and_do_not_overlap(length):
     for start, next_start in pairwise(starts):
         assert next_start - start >= 16
     assert starts[-1] - starts[0] >= 0.7 * length - 32
+
+
+# N-grams
+
+
+def witten_bell(training: str, vocabulary: str, history: str | None, character: str) -> float:
+    """The probability of a character after a history, by its definition."""
+    if history is None:
+        return 1 / len(vocabulary)
+    rest = history[1:] if history else None
+    shorter = witten_bell(training, vocabulary, rest, character)
+    followers = [
+        training[i + len(history)]
+        for i in range(len(training) - len(history))
+        if training[i : i + len(history)] == history
+    ]
+    if not followers:
+        return shorter
+    kinds = len(set(followers))
+    return (followers.count(character) + kinds * shorter) / (len(followers) + kinds)
+
+
+@pytest.mark.parametrize(
+    ("training", "validation"),
+    [
+        ("the ship went far into the old night", "then it went"),
+        ("ab", "ba"),
+        ("aaaa", "aa"),
+        ("中文字母中文母字", "字中文Ж"),
+    ],
+)
+def test_the_losses_to_beat_are_those_of_counting(training, validation):
+    tokenizer = CharTokenizer.from_text(training + validation)
+    whole = training + validation
+    expected = [math.log(tokenizer.vocab_size)]
+    for n in (1, 2, 3):
+        losses = []
+        for i in range(len(training), len(whole)):
+            history = whole[i - n + 1 : i]
+            p = witten_bell(training, tokenizer.characters, history, whole[i])
+            losses.append(-math.log(p))
+        expected.append(sum(losses) / len(losses))
+    ids = tokenizer.encode(training), tokenizer.encode(validation)
+    assert ngram_losses(*ids, tokenizer.vocab_size) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_unigram_loss_is_the_cross_entropy_of_the_counts(project):
+    tokenizer = CharTokenizer.from_text(project.text)
+    training, validation = project.text[:2000], project.text[2000:]
+    counts = Counter(training)
+    kinds, vocab_size = len(counts), tokenizer.vocab_size
+    losses = []
+    for character in validation:
+        p = (counts[character] + kinds / vocab_size) / (len(training) + kinds)
+        losses.append(-math.log(p))
+    _, unigram, _, _ = ngram_losses(
+        tokenizer.encode(training), tokenizer.encode(validation), vocab_size
+    )
+    assert unigram == pytest.approx(sum(losses) / len(losses), rel=1e-9)
 
 
 # Optimizers
@@ -466,10 +534,11 @@ def test_a_run_saves_the_model_of_the_lowest_validation_loss_and_a_checkpoint(pr
     lines = evaluations(project.train("--steps=40", "--eval-interval=10").stdout)
     best_step, _, best_val_loss, _ = min(lines, key=lambda line: line[2])
     _, tokenizer, metadata = load_model(project.model)
-    assert metadata == {"step": best_step, "val_loss": pytest.approx(best_val_loss, abs=1e-4)}
+    assert metadata["step"] == best_step
+    assert metadata["val_loss"] == pytest.approx(best_val_loss, abs=1e-4)
     assert tokenizer.characters == "".join(sorted(set(project.text)))
     files = sorted(path.name for path in project.model.parent.iterdir())
-    assert files == ["model-scifi.pth", "model-scifi.train.pth"]
+    assert files == ["model-scifi.csv", "model-scifi.pth", "model-scifi.train.pth"]
 
 
 def test_a_run_says_what_it_trains_and_what_it_has_saved(project):
@@ -549,7 +618,7 @@ def test_a_signal_finishes_the_step_and_saves_a_checkpoint(project, number, stat
         stderr=subprocess.PIPE,
         text=True,
     )
-    lines = [process.stdout.readline() for _ in range(3)]  # steps 0, 20 and 40
+    lines = [process.stdout.readline() for _ in range(4)][1:]  # steps 0, 20 and 40
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
 
@@ -651,14 +720,219 @@ def test_a_mistake_is_reported_by_one_of_several_processes(project):
 
 def test_several_processes_stop_together_at_a_signal(project):
     with start_processes(project, 2, "--steps=100000", "--eval-interval=20") as process:
-        process.stdout.readline()
-        process.stdout.readline()
+        for _ in range(3):  # the losses to beat, steps 0 and 20
+            process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=120)
     _, _, metadata = load_model(project.checkpoint)
     assert process.returncode != 0
     assert f"stopped at step {metadata['step']}" in stderr
     assert "terminate called" not in stderr
+
+
+def test_a_signal_that_arrives_while_processes_communicate_is_not_lost(monkeypatch):
+    signals = StopSignal(world=2)
+
+    def communicate(tensor: torch.Tensor, operation: object) -> None:
+        if signals.received == 0:
+            signals.receive(signal.SIGTERM, None)  # after this process has sent its number
+
+    monkeypatch.setattr(dist, "all_reduce", communicate)
+    assert not signals.was_received()
+    assert signals.was_received()
+    assert signals.number == signal.SIGTERM
+
+
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_are_averaged_once_a_step(project, one_process_group, monkeypatch):
+    monkeypatch.setattr(Trainer, "check_processes_are_at_one_step", lambda trainer: None)
+    trainer = Trainer(small_settings(project, accumulate=3), rank=0, world=2)
+    all_reduces = []
+
+    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        all_reduces.append(trainer.step)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    trainer.parallel_model.register_comm_hook(None, count)
+    assert not trainer.parallel_model.will_sync_module_buffers()
+    take_steps(trainer, 3)
+    assert Counter(all_reduces) == {0: 1, 1: 1, 2: 1}
+
+
+def test_a_model_is_wrapped_for_processes_before_it_is_compiled(
+    project, one_process_group, monkeypatch
+):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model))
+    monkeypatch.setattr(Trainer, "check_processes_are_at_one_step", lambda trainer: None)
+    Trainer(small_settings(project, compile=True), rank=0, world=2)
+    (model,) = compiled
+    assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
+
+
+# The precision
+
+
+PROCESSORS = [
+    ({}, False),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, True),
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, False),
+]
+
+
+@pytest.mark.parametrize(("processor", "is_fast"), PROCESSORS)
+def test_auto_takes_bf16_where_the_processor_is_fast_in_it(
+    project, monkeypatch, processor, is_fast
+):
+    assert cpu_has_fast_bf16(processor) == is_fast
+    monkeypatch.setattr(train, "cpu_capabilities", lambda: processor)
+    large = Trainer(small_settings(project, n_embd=128))
+    small = Trainer(small_settings(project))
+    assert large.precision == ("bf16" if is_fast else "fp32")
+    assert small.precision == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_keeps_its_precision_unless_told_otherwise(project, precision):
+    trainer = Trainer(small_settings(project, precision=precision))
+    take_steps(trainer, 2)
+    trainer.save_checkpoint()
+    assert Trainer(small_settings(project, resume=True)).precision == precision
+    other = "bf16" if precision == "fp32" else "fp32"
+    resumed = Trainer(small_settings(project, resume=True, precision=other))
+    assert resumed.precision == other
+
+
+def test_products_are_in_bf16_and_attention_and_weights_in_fp32(project):
+    trainer = Trainer(small_settings(project, precision="bf16"))
+    types = {}
+
+    def keep_types(name: str):
+        def hook(module: object, inputs: tuple, output: torch.Tensor) -> None:
+            types[name] = output.dtype
+
+        return hook
+
+    attention = trainer.model.blocks[0].attention
+    attention.qkv.register_forward_hook(keep_types("qkv"))
+    attention.attention.register_forward_hook(keep_types("attention"))
+    trainer.train_step()
+    assert types == {"qkv": torch.bfloat16, "attention": torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_bf16_is_refused_on_mps(trained):
+    flags = ["--device=mps", "--precision=bf16"]
+    assert "use fp32" in trained.run("train.py", *flags, status=2).stderr
+
+
+def test_a_bf16_checkpoint_is_not_continued_in_bf16_on_mps(project):
+    settings = small_settings(project, resume=True)
+    with pytest.raises(ValueError, match="use fp32"):
+        dataclasses.replace(settings, device="mps", precision="bf16")
+
+
+def test_several_processes_are_refused_on_mps(trained, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--device cpu" in trained.run("train.py", "--device=mps", status=2).stderr
+
+
+# What the model has learned
+
+
+def test_the_losses_by_context_are_means_over_windows_and_positions(project):
+    trainer = Trainer(small_settings(project, context_length=11))
+    model = trainer.model.eval()
+    windows = evaluation_windows(trainer.val_ids, 11, 7)
+    losses = {}  # by the number of characters before
+    for row in windows:
+        for count in range(1, 12):
+            logits, _ = model(row[None, :count])
+            loss = F.cross_entropy(logits[0, -1], row[count]).item()
+            losses.setdefault(count, []).append(loss)
+    expected = {}
+    for k in (1, 2, 4, 8):
+        values = [loss for count in range(k, min(2 * k, 12)) for loss in losses[count]]
+        expected[k] = sum(values) / len(values)
+    assert loss_by_context(model, windows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_shows_the_losses_to_beat_what_context_is_worth_and_a_passage(project):
+    done = project.train()
+    lines = done.stdout.splitlines()
+    figure = r"\d+\.\d{3}"
+    assert re.fullmatch(
+        rf"to beat: uniform {figure}, unigram {figure}, bigram {figure}, trigram {figure} "
+        r"\(nats/char on the validation text\)",
+        lines[0],
+    )
+    assert re.fullmatch(
+        r"by context: 1: \d+\.\d\d, 2: \d+\.\d\d, 4: \d+\.\d\d, 8: \d+\.\d\d", lines[-1]
+    )
+    _, passage = done.stderr.split("a passage by the best model:\n")
+    passage, _ = passage.split(f"\n\n{project.model}")
+    assert len(passage) == 200
+
+
+def test_the_model_remembers_the_text_that_it_has_learned_from(project):
+    project.train()
+    _, _, metadata = load_model(project.model)
+    assert metadata["text"] == "data/scifi.txt"
+    assert metadata["text_digest"] == hashlib.sha256(project.text.encode()).hexdigest()
+
+
+def test_of_a_text_elsewhere_only_the_name_is_remembered(tmp_path):
+    assert path_to_remember(tmp_path / "private.txt") == "private.txt"
+
+
+# The log of the losses
+
+
+def logged(project: Project) -> list[list[str]]:
+    with open(project.directory / "models/model-scifi.csv", encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_the_log_has_a_row_for_each_evaluation(project):
+    printed = evaluations(project.train().stdout)
+    header, *rows = logged(project)
+    assert header == ["step", "train_loss", "val_loss", "learning_rate", "characters_per_second"]
+    for row, (step, train_loss, val_loss, _) in zip(rows, printed, strict=True):
+        assert int(row[0]) == step
+        assert float(row[1]) == pytest.approx(train_loss, abs=1e-4)
+        assert float(row[2]) == pytest.approx(val_loss, abs=1e-4)
+    assert [float(row[3]) > 0 for row in rows] == [True, True, False]
+
+
+def test_a_resumed_run_continues_its_log(project):
+    project.train("--steps=12")
+    whole = logged(project)
+    trainer = Trainer(small_settings(project, steps=12, batch_size=4))
+    take_steps(trainer, 6)
+    trainer.step = 6
+    log = LossLog(trainer)
+    assert [row[0] for row in log.rows] == ["0", "3", "6"]  # without what came after
+    log.add(trainer, {"train": 1.0, "val": 2.0}, 3.0)
+    assert logged(project)[:4] == whole[:4]
+    assert logged(project)[4][:3] == ["6", "1.00000", "2.00000"]
+
+
+def test_a_file_that_is_no_log_is_not_overwritten(project):
+    path = project.directory / "models/model-scifi.csv"
+    for content in ("", "a,b\n1,2\n"):
+        path.write_text(content, encoding="utf-8")
+        assert str(path) in project.train(status=1).stderr
+        assert path.read_text(encoding="utf-8") == content
 
 
 # Trackers
@@ -870,8 +1144,8 @@ def test_aim_shows_a_run_and_its_resumption_as_one_run(project):
     assert "n_layer=2" in run.name
     assert run["hparams"]["vocab_size"] == len(set(project.text))
     passages = run.get_text_sequence("passage", Context({})).data.numpy()[1][0]
-    assert [len(passage.data) for passage in passages] == [101] * 5
-    for name, count in (("positions", 1), ("attention 0", 2), ("attention 1", 2)):
+    assert [len(passage.data) for passage in passages] == [100] * 5
+    for name, count in (("positions", 1), ("attention 0", 3), ("attention 1", 3)):
         images = run.get_image_sequence(name, Context({})).data.numpy()[1][0]
         assert len(images) == count
 
