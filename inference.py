@@ -40,10 +40,12 @@ LARGEST_INTEGER = 2**31
 LARGEST_SEED = 2**63
 REMEMBERED = Path()  # --check-copied without a FILE
 USAGE = """python inference.py [--FLAG VALUE ...]
-       a VALUE that begins with - follows an equals sign: --prompt=--Come!"""
+       write a VALUE that begins with - after an equals sign: --prompt=--Come!"""
 
 
 def main() -> None:
+    if sys.stderr is None:  # it can be closed
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     args = parse_arguments()
     end_quietly_on_signals()
     if sys.stdout is not None:  # it can be closed
@@ -51,6 +53,7 @@ def main() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         model, tokenizer, metadata = load_model(args.model, args.device)
+        tokenizer.encode(args.stop or "")  # raises ValueError if a character is unknown
         use_one_thread_for_little_work(model, args.num_samples)
         training_text = None
         if args.check_copied is not None:
@@ -70,7 +73,9 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit("error: out of memory: lower --num-samples or --max-new-tokens")
+        sys.exit(
+            "error: out of memory: lower --num-samples or --max-new-tokens, or score a shorter text"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -103,7 +108,9 @@ def parse_arguments() -> argparse.Namespace:
         "--interactive", action="store_true", help="continue each line of standard input"
     )
     modes.add_argument(
-        "--score", metavar="TEXT", help="show how likely each character of TEXT is; -: of the input"
+        "--score",
+        metavar="TEXT",
+        help="show how likely each character of TEXT is; -: of standard input",
     )
     args = parser.parse_args([with_hyphens(argument) for argument in sys.argv[1:]])
     try:
@@ -177,29 +184,30 @@ class Completion:
 def complete(
     model: GPT,
     tokenizer: CharTokenizer,
-    prompt: str,
+    beginning: str,
     args: argparse.Namespace,
     training_text: str | None,
 ) -> None:
     """Prints the first text while it is generated, then the others, which grow at the same time.
 
-    Raises ValueError if the model does not know a character of the prompt or of the stop text.
+    Raises ValueError if the model does not know a character of the prompt.
     """
     device = model.lm_head.weight.device
-    start = tokenizer.encode(prompt or first_character(tokenizer)).long().to(device)  # (T,)
-    tokenizer.encode(args.stop or "")
+    start = tokenizer.encode(beginning or first_character(tokenizer)).long().to(device)  # (T,)
     generator = torch.Generator()
     if args.seed is None:
         generator.seed()
     else:
         generator.manual_seed(args.seed)
-    limits = (args.temperature, args.top_k, args.top_p)
     prompts = start.expand(args.num_samples, -1)  # (B, T)
-    new_ids = model.generate(prompts, args.max_new_tokens, *limits, generator)  # (B,) each time
+    new_ids = model.generate(
+        prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator
+    )  # yields (B,), the next character of each text
 
     completions = [Completion(args.stop) for _ in prompts]
-    steps_at_once = 1 if device.type == "cpu" else 16  # a GPU is not stopped for each character
-    print(prompt, end="", flush=True)
+    # Reading a result makes the CPU wait for the GPU: there, 16 steps are read at once.
+    steps_at_once = 1 if device.type == "cpu" else 16
+    print(beginning, end="", flush=True)
     while steps := list(itertools.islice(new_ids, steps_at_once)):
         for completion, ids in zip(completions, torch.stack(steps, dim=1), strict=True):
             added = completion.add(tokenizer.decode(ids))
@@ -211,7 +219,7 @@ def complete(
 
     for completion in completions[1:]:
         print()
-        print(prompt + completion.text, flush=True)
+        print(beginning + completion.text, flush=True)
     if training_text is not None:
         report_copied([completion.text for completion in completions], training_text)
 
@@ -225,7 +233,8 @@ def standard_input() -> TextIO:
     """Returns standard input as UTF-8; what is not UTF-8 becomes characters that are unknown."""
     if sys.stdin is None:
         raise ValueError("standard input is closed")
-    return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="surrogateescape")
+    # utf-8-sig leaves out a byte order mark, and only \n ends a line.
+    return io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", "surrogateescape", newline="\n")
 
 
 # --interactive
@@ -272,10 +281,10 @@ def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
         print(f"{shown}  {math.exp(-loss):11.2%}  {bits:5.2f}  {likeliest(tokenizer, row, 3)}")
     print(f"next: {likeliest(tokenizer, log_probs[-1], 5)}")
 
-    loss = losses.mean().item()
+    loss = losses.mean()
     print(
         f"loss {loss:.3f} nats, {loss / math.log(2):.2f} bits/char, "
-        f"perplexity {math.exp(loss):.2f} over {len(losses)} characters",
+        f"perplexity {loss.exp():.2f} over {len(losses)} characters",
         flush=True,
     )
 
@@ -311,7 +320,9 @@ GREEN, YELLOW, RED = 32, 33, 31  # of terminals: https://en.wikipedia.org/wiki/A
 
 def colored(text: str, bits: float) -> str:
     """Colors a text on a terminal by how surprising it is."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):  # https://no-color.org
+    if (
+        sys.stdout is None or not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    ):  # https://no-color.org
         return text
     color = GREEN
     if bits >= 1:
@@ -327,10 +338,12 @@ def colored(text: str, bits: float) -> str:
 def find_training_text(args: argparse.Namespace, metadata: dict[str, Any]) -> str:
     """Reads the file that is named, or the one that the model remembers, if it is unchanged."""
     advice = "name it with --check-copied FILE"
-    if args.check_copied != REMEMBERED:
+    if args.check_copied is not REMEMBERED:
+        if not args.check_copied.exists():
+            raise ValueError(f"there is no file {args.check_copied}: {advice}")
         text, _ = read_text(args.check_copied)
         return text
-    if "text" not in metadata:
+    if "text" not in metadata or "text_digest" not in metadata:
         raise ValueError(f"{args.model} does not say which text it has learned from: {advice}")
     path = ROOT / metadata["text"]
     if not path.exists():

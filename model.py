@@ -199,10 +199,10 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     """Returns `(T, S)`, True where a query may use a key, for the last T characters of S.
 
-    The last query is the last character's and may use every key, the query before it all keys
-    but the last, and so on. Without a mask the model would see in training the very character
-    that it has to predict: it would learn to copy it, and could not write, where there is
-    nothing to copy.
+    The last query belongs to the last character and may use every key; the query before it may
+    use all keys but the last, and so on. Without a mask the model would see, in training, the
+    character that it has to predict. It would learn to copy that character, and would fail in
+    generation, where it does not exist yet.
     """
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
@@ -249,7 +249,7 @@ class KVCache:
     """The keys and values of all characters that one block has read.
 
     They depend only on a character and those before it, so they never change. With a cache a new
-    character costs the work for one position; without it, that for all positions again.
+    character costs the work for one position; without one, the work for all positions.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
@@ -285,7 +285,7 @@ class MultiHeadAttention(nn.Module):
         self.output = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Lets each character gather from those up to it, `(B, T, C)` to `(B, T, C)`."""
+        """Lets each character gather from itself and those before it, x `(B, T, C)`."""
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
 
@@ -354,11 +354,11 @@ class TransformerBlock(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
-        found = self.attention(self.attention_norm(x), cache)
-        x = x + torch.dropout(found, self.dropout, self.training)
+        attended = self.attention(self.attention_norm(x), cache)
+        x = x + F.dropout(attended, self.dropout, self.training)
 
         change = self.feed_forward(self.feed_forward_norm(x))
-        x = x + torch.dropout(change, self.dropout, self.training)
+        x = x + F.dropout(change, self.dropout, self.training)
         return x
 
 
@@ -374,7 +374,8 @@ class GPT(nn.Module):
         super().__init__()
         V, C = config.vocab_size, config.n_embd
         self.config = config
-        self.token_embedding = nn.utils.skip_init(nn.Embedding, V, C)  # init_weights fills it
+        # Allocated without random values: init_weights draws them.
+        self.token_embedding = nn.utils.skip_init(nn.Embedding, V, C)
         positions = sinusoidal_encoding(config.context_length, C)
         self.register_buffer("positions", positions, persistent=False)  # a constant: not saved
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
@@ -431,7 +432,7 @@ class GPT(nn.Module):
 
         # What each character is, plus where it stands.
         x = self.token_embedding(ids) + self.positions[start : start + T]  # (B, T, C)
-        x = torch.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.config.dropout, self.training)
 
         for i, block in enumerate(self.blocks):
             x = block(x, caches[i] if caches else None)  # (B, T, C)
@@ -548,7 +549,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
         return logits
     ranked, ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
     probs = ranked.softmax(dim=-1)
-    reached_before = probs.cumsum(dim=-1) - probs  # what the likelier characters have together
+    reached_before = (
+        probs.cumsum(dim=-1) - probs
+    )  # the total probability of the likelier characters
     unlikely = reached_before >= p
     unlikely[:, 0] = False  # the likeliest always stays
     ranked = ranked.masked_fill(unlikely, -math.inf)
@@ -667,7 +670,7 @@ def load_model(
         model = GPT(config)
         model.load_state_dict(weights)
         metadata = dict(content["metadata"])
-    except Exception as error:  # there is hardly an exception that damage cannot cause
+    except Exception as error:  # damage can cause almost any exception
         if is_intact and is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:100]
@@ -753,7 +756,7 @@ def default_device() -> str:
 
 def with_hyphens(argument: str) -> str:
     """Accepts a flag such as --batch_size for --batch-size. A value after = is left as it is."""
-    return re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), argument)
+    return re.sub(r"^--\w[\w-]*(?=$|=)", lambda flag: flag[0].replace("_", "-"), argument)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -86,7 +86,7 @@ class Settings:
     # The amount of work. The defaults take about four minutes on four cores.
     steps: int = setting(1400, "steps of the optimizer", 1)
     batch_size: int = setting(24, "windows of text in each step", 1)
-    accumulate: int = setting(1, "compute each batch in so many parts, to save memory", 1)
+    accumulate: int = setting(1, "split each batch into this many parts, to save memory", 1)
 
     # The model. A larger one learns more from each character, but reads fewer in the same time:
     # with 6 layers, 192 channels and a context of 256 the loss was 1.62 instead of 1.54.
@@ -94,13 +94,13 @@ class Settings:
     n_layer: int = setting(4, "blocks")
     n_head: int = setting(4, "attention heads in each block")
     n_embd: int = setting(128, "channels")
-    # With 1,600 steps of 16 windows of 64 on the sample, 0.1 gave 1.500 instead of 1.444.
+    # On the sample (1,600 steps of 16 windows of 64), 0.1 raised the loss from 1.444 to 1.500.
     dropout: float = setting(0.0, "the probability that an activation is dropped in training")
 
     # The optimizer. After 400 steps on the sample: 1.470 with Muon, 2.117 with AdamW.
-    optimizer: str = setting("muon", "for the matrices of the blocks", choices=("muon", "adamw"))
+    optimizer: str = setting("muon", "of the matrices of the blocks", choices=("muon", "adamw"))
     # The best of several from 0.006 to 0.03. For AdamW a tenth of it is usual.
-    learning_rate: float = setting(0.014, "the highest; --optimizer adamw uses a tenth", 0)
+    learning_rate: float = setting(0.014, "the highest rate; --optimizer adamw uses a tenth", 0)
     # Muon averages about 10 gradients: the first averages are noisy, so their steps are small.
     warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
     # On the sample 0.4 gave 1.442, 0.3 gave 1.450; on the books they differ by less than 0.003.
@@ -108,7 +108,7 @@ class Settings:
     # The norm falls from 1.3 to about 0.5 in 100 steps: only an unusual batch is clipped.
     grad_clip: float = setting(1.0, "the norm to which a larger gradient is reduced", 1e-9)
 
-    # Evaluation. With 400 windows it took a tenth of the run.
+    # Evaluation takes time from training: with 400 windows it took a tenth of the run.
     eval_interval: int = setting(100, "steps between evaluations, each with a checkpoint", 1)
     eval_windows: int = setting(160, "windows for evaluating each part of the text", 1)
     val_fraction: float = setting(0.1, "the share of the text held out, its end", 0.001, 0.999)
@@ -136,6 +136,8 @@ class Settings:
                 raise ValueError(
                     f"{flag_name(f.name)} must be from {minimum:g} to {maximum:g}, not {value}"
                 )
+        if self.model.name == "" or self.model.is_dir():
+            raise ValueError(f"--model {self.model} must be a file, not a directory")
         self.model_config(vocab_size=1)  # raises ValueError for an invalid size
         if self.batch_size % self.accumulate != 0:
             raise ValueError(
@@ -212,11 +214,11 @@ MOST_COUNTED = 2_000_000  # characters; more would take longer and change the lo
 def ngram_losses(train_ids: Tensor, val_ids: Tensor, vocab_size: int) -> list[float]:
     """Returns the losses, in nats, of what counting alone can do: the losses to beat.
 
-    All characters of the validation part are predicted: as equally likely (uniform), and from
-    how often characters occur in the training part at all (unigram), after the same character
-    (bigram) and after the same two (trigram).
+    Every character of the validation part is predicted from nothing (uniform), from how often
+    it occurs in the training part (unigram), and from how often it follows the character before
+    it (bigram) or the two before it (trigram) there.
 
-    Where there is little to count, Witten-Bell smoothing takes more from the shorter history
+    Where a history is rare, Witten-Bell smoothing relies more on the shorter history
     (Witten and Bell, 1991; Chen and Goodman, 1998, section 2.5). With n(h c), how often the
     character c follows the history h, n(h), how often any does, and k(h), how many different
     characters do:
@@ -228,17 +230,20 @@ def ngram_losses(train_ids: Tensor, val_ids: Tensor, vocab_size: int) -> list[fl
     probs = torch.full((len(val_ids),), 1 / V, dtype=torch.double)
     losses = [math.log(V)]
     for n in (1, 2, 3):
-        ngrams, counts = ngram_codes(train_ids, n, V).unique(return_counts=True)
-        histories, which, kinds = (ngrams // V).unique_consecutive(
+        ngrams, ngram_counts = ngram_codes(train_ids, n, V).unique(return_counts=True)
+
+        # Division by V takes the last character of an n-gram away: its history is left. Each
+        # different n-gram of a history is one more character that can follow it.
+        histories, history_index, follower_kinds = (ngrams // V).unique_consecutive(
             return_inverse=True, return_counts=True
         )
-        totals = torch.zeros_like(histories).index_add_(0, which, counts)
+        history_counts = torch.zeros_like(histories).index_add_(0, history_index, ngram_counts)
 
-        codes = ngram_codes(text[3 - n :], n, V)  # that end with each validation character
-        count = look_up(codes, ngrams, counts)  # n(h c)
-        total = look_up(codes // V, histories, totals)  # n(h)
-        kind = look_up(codes // V, histories, kinds)  # k(h)
-        smoothed = (count + kind * probs) / (total + kind)
+        codes = ngram_codes(text[3 - n :], n, V)  # the n-gram that ends with each character
+        count = look_up(codes, ngrams, ngram_counts)  # n(h c)
+        total = look_up(codes // V, histories, history_counts)  # n(h)
+        kinds = look_up(codes // V, histories, follower_kinds)  # k(h)
+        smoothed = (count + kinds * probs) / (total + kinds)
         probs = torch.where(total > 0, smoothed, probs)
         losses.append(-probs.log().mean().item())
     return losses
@@ -305,24 +310,29 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            matrices, updates = [], []
+            matrices = []
+            updates = []
             for p in group["params"]:
                 update = self.momentum_update(p, group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 matrices += p.chunk(group["parts"])
                 updates += update.chunk(group["parts"])
-            for same_shape in batches_of_one_shape(matrices, updates):
-                self.move(*same_shape, group["lr"])
+            # One product of many matrices is faster than many products.
+            for matrix_batch, update_batch in batches_of_one_shape(matrices, updates):
+                self.apply_updates(matrix_batch, update_batch, group["lr"])
 
     def momentum_update(self, p: Tensor, momentum: float) -> Tensor:
-        """Averages the gradients, and looks one step ahead (Nesterov)."""
-        state = self.state[p]
-        average = state.get("average", p.grad)
-        average = p.grad.lerp(average, momentum)  # momentum * average + (1 - momentum) * p.grad
-        state["average"] = average
-        return p.grad.lerp(average, momentum)
+        """Averages the gradients, and looks one step ahead (Nesterov).
 
-    def move(self, matrices: list[Tensor], updates: list[Tensor], lr: float) -> None:
+        `a.lerp(b, momentum)` is `momentum * b + (1 - momentum) * a`.
+        """
+        state = self.state[p]
+        if "average" not in state:
+            state["average"] = p.grad.clone()  # the first average is the first gradient
+        state["average"] = p.grad.lerp(state["average"], momentum)
+        return p.grad.lerp(state["average"], momentum)
+
+    def apply_updates(self, matrices: list[Tensor], updates: list[Tensor], lr: float) -> None:
         """Moves matrices of one shape, none of which has more rows than columns."""
         x = orthogonalize(torch.stack(updates))  # (N, rows, columns)
 
@@ -342,9 +352,9 @@ class Muon(torch.optim.Optimizer):
 def batches_of_one_shape(
     matrices: list[Tensor], updates: list[Tensor]
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Sorts matrices and their updates by shape; those with more rows than columns are transposed.
+    """Groups matrices and their updates by shape; no matrix has more rows than columns.
 
-    One product of many matrices is faster than many products.
+    Those that have more are transposed.
     """
     batches: dict[torch.Size, tuple[list[Tensor], list[Tensor]]] = {}
     for matrix, update in zip(matrices, updates, strict=True):
@@ -363,7 +373,7 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
     character: an orthogonal update would move the row of a character that hardly occurs as much
     as that of "e". AdamW divides the update of each weight by the typical size of that weight's
     past gradients (Adam: Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980). The W stands for
-    weight decay that is not divided (Loshchilov and Hutter, 2019,
+    decoupled weight decay, which is not divided by that size (Loshchilov and Hutter, 2019,
     https://arxiv.org/abs/1711.05101).
 
     Weight decay acts on the matrices of the blocks alone. Norms and biases are few, and an
@@ -462,7 +472,10 @@ class Trainer:
         }
 
     def make_fixed_settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the run that it continues."""
+        """What a resumed run must have in common with the run that it continues.
+
+        These are the shapes, the data and the meaning of the losses. The rest may change.
+        """
         return {
             **asdict(self.model.config),
             "text": self.text_digest,
@@ -547,7 +560,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            with self.autocast:  # for Muon's products
+            # Autocast lets Muon multiply its matrices in bfloat16; AdamW has no products.
+            with self.autocast:
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -674,7 +688,7 @@ class Trainer:
 
 
 def use_device(settings: Settings) -> torch.device:
-    """Returns the device of this process: of several on a machine, each takes its own GPU."""
+    """Returns this process's device. Of several processes on a machine, each uses its own GPU."""
     device = torch.device(settings.device)
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", device.index or 0))
@@ -730,11 +744,12 @@ def check_directory_is_writable(directory: Path) -> None:
 
 @torch.no_grad()
 def loss_by_context(model: GPT, windows: Tensor) -> dict[int, float]:
-    """Returns what context is worth: the loss of characters with so many others before them.
+    """Returns the mean loss by the amount of context: {1: ..., 2: ..., 4: ...}.
 
-    For k = 1, 2, 4, ... below the context length T, the mean over windows, `(N, T + 1)`, and over
-    all characters that have k to 2 k - 1 others before them. The loss of a single character has a
-    standard deviation of about 1.8 nats, so that of the mean for k is about 1.8 / sqrt(N k).
+    The entry for k is the mean over windows, `(N, T + 1)`, and over their characters with k to
+    2 k - 1 characters before them, so it shows how much a longer context helps. The loss of a
+    single character has a standard deviation of about 1.8 nats, and the mean for k one of about
+    1.8 / sqrt(N k).
     """
     losses = []  # (batch, T) each
     for rows in windows.to(model.lm_head.weight.device).split(32):
@@ -813,15 +828,15 @@ class AimTracker:
         self.run["hparams"] = settings
         return self.run.hash
 
-    def numbers(self, numbers: dict[str, float], step: int, part: str | None = None) -> None:
+    def add_numbers(self, numbers: dict[str, float], step: int, part: str | None = None) -> None:
         """Adds numbers to charts; `part` is "train" or "val", which are drawn in one chart."""
         context = {} if part is None else {"subset": part}
         self.run.track(numbers, step=step, context=context)
 
-    def text(self, name: str, text: str, step: int) -> None:
+    def add_text(self, name: str, text: str, step: int) -> None:
         self.run.track(self.aim.Text(text), name=name, step=step)
 
-    def image(self, name: str, image: Tensor, caption: str, step: int) -> None:
+    def add_image(self, name: str, image: Tensor, caption: str, step: int) -> None:
         """Adds an image, `(height, width)`, from 0, black, to 1, white."""
         self.run.track(self.aim.Image(image, caption=caption), name=name, step=step)
 
@@ -853,23 +868,23 @@ class TensorBoardTracker:
             directory = ROOT / "runs" / identity / part
             self.writers[part] = self.make_writer(directory, purge_step=step)
         rows = [f"| {setting} | {value} |" for setting, value in settings.items()]
-        self.text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]), step)
+        self.add_text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]), step)
         return identity
 
-    def numbers(self, numbers: dict[str, float], step: int, part: str | None = None) -> None:
+    def add_numbers(self, numbers: dict[str, float], step: int, part: str | None = None) -> None:
         """Adds numbers to charts; `part` is "train" or "val", which are drawn in one chart."""
         writer = self.writers[part or "train"]
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    def text(self, name: str, text: str, step: int) -> None:
+    def add_text(self, name: str, text: str, step: int) -> None:
         self.writers["train"].add_text(name, text, step)
 
-    def image(self, name: str, image: Tensor, caption: str, step: int) -> None:
+    def add_image(self, name: str, image: Tensor, caption: str, step: int) -> None:
         """Adds an image, `(height, width)`, from 0, black, to 1, white."""
         self.writers["train"].add_image(name, image, step, dataformats="HW")
-        self.text(f"{name} (caption)", caption, step)
+        self.add_text(f"{name} (caption)", caption, step)
 
     def close(self) -> None:
         for writer in self.writers.values():
@@ -914,10 +929,12 @@ class Tracking:
         with self.failures_reported():
             self.open(trainer)
             self.track_numbers(trainer, losses, speed)
-            self.tracker.text("passage", write_passage(trainer, trainer.model, 100), trainer.step)
+            self.tracker.add_text(
+                "passage", write_passage(trainer, trainer.model, 100), trainer.step
+            )
             if trainer.step == 0:
                 table = enlarge(trainer.model.positions / 2 + 0.5)
-                self.tracker.image("positions", table, "each row is a position", trainer.step)
+                self.tracker.add_image("positions", table, "each row is a position", trainer.step)
             is_fourth = trainer.step % (4 * trainer.settings.eval_interval) == 0
             if is_fourth and not trainer.is_finished():
                 self.track_attention(trainer, trainer.model, f"step {trainer.step}")
@@ -964,14 +981,14 @@ class Tracking:
     def track_numbers(self, trainer: Trainer, losses: dict[str, float], speed: float) -> None:
         for part, loss in losses.items():
             numbers = {"loss": loss, "bits_per_character": loss / math.log(2)}
-            self.tracker.numbers(numbers, trainer.step, part)
+            self.tracker.add_numbers(numbers, trainer.step, part)
         if trainer.step > 0:
             numbers = {
                 "learning_rate": trainer.learning_rate(),
                 "gradient_norm": trainer.grad_norm.item(),
                 "characters_per_second": speed,
             }
-            self.tracker.numbers(numbers, trainer.step)
+            self.tracker.add_numbers(numbers, trainer.step)
 
     def track_attention(self, trainer: Trainer, model: GPT, source: str) -> None:
         # Few characters, so that their squares can be told apart.
@@ -984,7 +1001,9 @@ class Tracking:
                 f"takes from each character up to itself, from black (nothing) to white (all). "
                 f"Text: {text!r}"
             )
-            self.tracker.image(f"attention {i}", attention_image(weights), caption, trainer.step)
+            self.tracker.add_image(
+                f"attention {i}", attention_image(weights), caption, trainer.step
+            )
 
     def report(self, error: Exception, consequence: str = "tried again later") -> None:
         message = f"tracking with {self.tracker.name} failed ({describe(error)}): {consequence}"
@@ -1029,7 +1048,7 @@ def train(trainer: Trainer, tracking: Tracking) -> int:
                 progress.print_losses(losses, speed)
                 loss_log.add(trainer, losses, speed)
                 tracking.track(trainer, losses, speed)
-                if trainer.step > 0:  # nothing is replaced by an untrained model
+                if trainer.step > 0:  # an untrained model must not replace a trained one
                     trainer.save_if_best(losses["val"])
                     trainer.save_checkpoint()
                 progress.restart_clock()
@@ -1053,7 +1072,7 @@ def stop(trainer: Trainer, number: int) -> int:
 class StopSignal:
     """Notes Ctrl-C and requests to terminate, so that a step is finished before the process ends.
 
-    A second signal ends it at once.
+    A second signal of the same kind ends it at once.
     """
 
     def __init__(self, world: int) -> None:
@@ -1144,13 +1163,16 @@ class LossLog:
         self.path = trainer.settings.loss_log
         self.rows: list[list[str]] = []
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8", errors="replace")
-            header, *rows = [*csv.reader(io.StringIO(text)), []]
-            if tuple(header) != self.columns:
+            text = self.path.read_text(encoding="utf-8-sig", errors="replace")
+            try:
+                rows = list(csv.reader(io.StringIO(text)))
+            except csv.Error:
+                rows = []
+            if not rows or tuple(rows[0]) != self.columns:
                 raise ValueError(f"{self.path} is not a log of losses: move it, or change --model")
-            if trainer.step > 0:  # a resumed run: without what was logged after its checkpoint
+            if trainer.step > 0:  # a resumed run: drop the rows logged after its checkpoint
                 steps = {str(step) for step in range(trainer.step + 1)}
-                self.rows = [row for row in rows if row and row[0] in steps]
+                self.rows = [row for row in rows[1:] if row and row[0] in steps]
 
     def add(self, trainer: Trainer, losses: dict[str, float], speed: float) -> None:
         row = [
@@ -1161,7 +1183,7 @@ class LossLog:
             f"{speed:.0f}",
         ]
         self.rows.append(row)
-        if trainer.step > 0:  # nothing is replaced by the log of an untrained model
+        if trainer.step > 0:  # its log must not replace that of a trained model
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
             write_file(self.path, text.getvalue().encode())
@@ -1178,10 +1200,14 @@ def print_notice(message: str) -> None:
 
 
 def main() -> None:
+    if sys.stderr is None:  # it can be closed
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     settings, tracker = parse_arguments()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
 
-    rank, world, store = 0, 1, None
+    rank = 0
+    world = 1
+    store = None  # what the processes share, if torchrun has started several
     try:
         if "WORLD_SIZE" in os.environ:  # started by torchrun
             rank, world, store = join_processes(settings)
@@ -1212,7 +1238,7 @@ def parse_arguments() -> tuple[Settings, AimTracker | TensorBoardTracker | None]
                 flag_name(f.name), type=kind, default=f.default, choices=choices, help=help
             )
     given = [with_hyphens(argument) for argument in sys.argv[1:]]
-    if "--no-aim" in given:
+    if any(argument.partition("=")[0] == "--no-aim" for argument in given):
         parser.error("--no-aim has become --tracker none")
     arguments = parser.parse_args(given)
     try:
@@ -1229,9 +1255,9 @@ def check_device(settings: Settings) -> None:
     """Raises ValueError if the device cannot be used."""
     if settings.device.startswith("mps") and "WORLD_SIZE" in os.environ:
         raise ValueError("several processes cannot train with --device mps: use --device cpu")
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {settings.device}: torch finds no GPU here; try cpu")
     try:
-        if settings.device.startswith("cuda") and not torch.cuda.is_available():
-            raise RuntimeError("there is no GPU that torch can use")
         device = use_device(settings)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
@@ -1247,7 +1273,8 @@ def run(settings: Settings, tracking: Tracking, rank: int, world: int) -> int:
                 "training on data/sample.txt, since there is no data/scifi.txt: for real books run "
                 "python bin/download.py, then bash bin/concatenate.sh"
             )
-    if rank == 0 and not settings.resume and settings.model.exists():
+    starts_anew = not (settings.resume and settings.checkpoint.exists())
+    if rank == 0 and starts_anew and settings.model.exists():
         warn_of_replacement(settings.model)
 
     trainer = Trainer(settings, rank, world)
@@ -1260,6 +1287,8 @@ def run(settings: Settings, tracking: Tracking, rank: int, world: int) -> int:
         print_losses_to_beat(trainer)
     stopped_by = train(trainer, tracking)
     if rank == 0 and not stopped_by:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # everything is saved
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         describe_end(trainer, tracking)
     tracking.close()
     return 128 + stopped_by if stopped_by else 0  # as a shell reports an end by a signal
@@ -1323,7 +1352,9 @@ def describe_end(trainer: Trainer, tracking: Tracking) -> None:
     best, _, _ = load_model(settings.model, trainer.device)
     windows = evaluation_windows(trainer.val_ids, settings.context_length, CONTEXT_WINDOWS)
     losses = loss_by_context(best, windows)
-    print("by context: " + ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items()), flush=True)
+    if losses:  # none with a context of one character
+        figures = ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items())
+        print(f"by context: {figures}", flush=True)
     print_notice(f"a passage by the best model:\n{write_passage(trainer, best, 200)}\n")
     tracking.track_best(trainer, best)
 
@@ -1373,7 +1404,7 @@ def join_processes(settings: Settings) -> tuple[int, int, dist.Store]:
 
 
 def is_first_to_fail(store: dist.Store) -> bool:
-    """True in the first process that asks: when one fails, the others fail too, but say less."""
+    """True in the first process that asks: when one fails, the others do too, but say less."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return store.add(f"failures in attempt {attempt}", 1) == 1
 

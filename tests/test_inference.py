@@ -286,6 +286,18 @@ def test_a_score_has_colors_on_a_terminal_alone(monkeypatch):
     assert inference.colored("a", 9) == "a"
 
 
+def test_a_byte_order_mark_on_standard_input_is_left_out(trained, monkeypatch):
+    give_input(monkeypatch, b"\xef\xbb\xbfthe ship")
+    assert score(trained, "-") == score(trained, "the ship")
+
+
+def test_a_score_needs_no_open_standard_output(trained):
+    command = " ".join(["exec", *trained.command("inference.py", "--score=we"), ">&-"])
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("text", ["", "a", "a#", "#a"])
 def test_a_text_that_cannot_be_scored_is_an_error(trained, text):
     trained.run("inference.py", f"--score={text}", status=1)
@@ -355,6 +367,13 @@ def test_a_training_text_that_is_missing_or_changed_must_be_named(project, tmp_p
     copied(project.run("inference.py", *flags, f"--check-copied={moved}"))
 
 
+@pytest.mark.parametrize("name", ["missing.txt", "."])
+def test_a_training_text_that_cannot_be_read_is_an_error_that_names_it(trained, tmp_path, name):
+    path = tmp_path / name
+    done = trained.run("inference.py", "--prompt=we", f"--check-copied={path}", status=1)
+    assert str(path) in done.stderr
+
+
 def test_the_text_of_a_model_that_remembers_none_must_be_named(trained, tmp_path):
     model = GPT(GPTConfig(vocab_size=3, context_length=4, n_layer=1, n_head=1, n_embd=4))
     path = tmp_path / "m.pth"
@@ -378,7 +397,7 @@ def test_a_character_that_the_model_does_not_know_is_named(trained, flag, text, 
 
 
 def test_flags_may_be_spelled_with_underscores(trained):
-    flags = ["--prompt=a_b", "--max_new_tokens=9", "--top_k=3"]
+    flags = ["--prompt=a_b", "--max_new_tokens=9", "--top_k", "3"]
     error = trained.run("inference.py", *flags, status=1).stderr
     assert "'_'" in error  # of the prompt, which is left as it is
 

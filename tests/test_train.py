@@ -895,6 +895,24 @@ def test_of_a_text_elsewhere_only_the_name_is_remembered(tmp_path):
     assert path_to_remember(tmp_path / "private.txt") == "private.txt"
 
 
+def test_closed_standard_error_is_no_error(project):
+    command = project.command("train.py", "--tracker=none", *SMALL_RUN)
+    done = subprocess.run(" ".join(["exec", *command, "2>&-"]), shell=True, capture_output=True)
+    assert done.returncode == 0
+    assert len(evaluations(done.stdout.decode())) == 3
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "models"])
+def test_a_directory_cannot_be_the_model(project, name):
+    assert "--model" in project.train(f"--model={name}", status=2).stderr
+
+
+def test_a_resumed_run_without_a_checkpoint_says_what_it_replaces(project):
+    project.train()
+    project.checkpoint.unlink()
+    assert f"this run will replace {project.model}" in project.train("--resume").stderr
+
+
 # The log of the losses
 
 
@@ -929,7 +947,7 @@ def test_a_resumed_run_continues_its_log(project):
 
 def test_a_file_that_is_no_log_is_not_overwritten(project):
     path = project.directory / "models/model-scifi.csv"
-    for content in ("", "a,b\n1,2\n"):
+    for content in ("", "a,b\n1,2\n", "x" * 200_000):
         path.write_text(content, encoding="utf-8")
         assert str(path) in project.train(status=1).stderr
         assert path.read_text(encoding="utf-8") == content
@@ -958,15 +976,15 @@ class RecordingTracker:
         self.fail_if_told_to("open")
         return identity or "new"
 
-    def numbers(self, numbers: dict[str, float], step: int, part: str | None = None) -> None:
-        self.fail_if_told_to("numbers")
+    def add_numbers(self, numbers: dict[str, float], step: int, part: str | None = None) -> None:
+        self.fail_if_told_to("add_numbers")
         self.calls += [("number", name, step) for name in numbers]
 
-    def text(self, name: str, text: str, step: int) -> None:
-        self.fail_if_told_to("text")
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self.fail_if_told_to("add_text")
         self.calls.append(("text", name, step))
 
-    def image(self, name: str, image: torch.Tensor, caption: str, step: int) -> None:
+    def add_image(self, name: str, image: torch.Tensor, caption: str, step: int) -> None:
         self.calls.append(("image", name, step))
 
     def close(self) -> None:
@@ -987,10 +1005,10 @@ def test_an_evaluation_is_tracked_whole(project):
     assert names == {*numbers, "characters_per_second", "passage"}
 
 
-@pytest.mark.parametrize("method", ["open", "numbers", "text", "close"])
+@pytest.mark.parametrize("method", ["open", "add_numbers", "add_text", "close"])
 def test_a_failing_tracker_does_not_end_training_and_is_tried_again(project, method, capsys):
     tracker = RecordingTracker()
-    tracker.failures = {method: OSError("no space"), "text": OSError("no space")}
+    tracker.failures = {method: OSError("no space"), "add_text": OSError("no space")}
     trainer, tracking = Trainer(small_settings(project)), Tracking(tracker)
     track_evaluations(trainer, tracking, 2)
     tracker.failures = {}
@@ -1001,9 +1019,9 @@ def test_a_failing_tracker_does_not_end_training_and_is_tried_again(project, met
 def test_each_failure_of_a_tracker_is_reported_once(project, capsys):
     tracker = RecordingTracker()
     trainer, tracking = Trainer(small_settings(project)), Tracking(tracker)
-    tracker.failures = {"text": OSError("no space")}
+    tracker.failures = {"add_text": OSError("no space")}
     track_evaluations(trainer, tracking, 2)
-    tracker.failures = {"text": RuntimeError()}
+    tracker.failures = {"add_text": RuntimeError()}
     track_evaluations(trainer, tracking, 2)
     notices = capsys.readouterr().err.splitlines()
     assert len(notices) == 2
