@@ -190,7 +190,7 @@ def test_an_unknown_character_does_not_end_the_session(trained, monkeypatch):
     give_input(monkeypatch, "the #\nthe ship\nЖ\n".encode() + b"\xff\nwe")
     done = trained.run("inference.py", "--interactive", "--max-new-tokens=5")
     assert done.stdout.startswith("the ship")
-    assert done.stdout.splitlines()[-1].startswith("we")
+    assert "\nwe" in done.stdout
     assert len(re.findall("^error: the character .* which is: .* a d e", done.stderr, re.M)) == 3
 
 
