@@ -28,6 +28,7 @@ from model import (
     default_device,
     is_out_of_memory,
     load_model,
+    prepare_output,
     read_text,
     user_path,
     visible,
@@ -44,13 +45,9 @@ USAGE = """python inference.py [--FLAG VALUE ...]
 
 
 def main() -> None:
-    if sys.stderr is None:  # it can be closed
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    prepare_output()
     args = parse_arguments()
     end_quietly_on_signals()
-    if sys.stdout is not None:  # it can be closed
-        # A console that has no character for something shows a question mark.
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         model, tokenizer, metadata = load_model(args.model, args.device)
         tokenizer.encode(args.stop or "")  # raises ValueError if a character is unknown
@@ -320,9 +317,8 @@ GREEN, YELLOW, RED = 32, 33, 31  # of terminals: https://en.wikipedia.org/wiki/A
 
 def colored(text: str, bits: float) -> str:
     """Colors a text on a terminal by how surprising it is."""
-    if (
-        sys.stdout is None or not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    ):  # https://no-color.org
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    if not is_terminal or os.environ.get("NO_COLOR"):  # https://no-color.org
         return text
     color = GREEN
     if bits >= 1:

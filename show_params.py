@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from model import GPT, MODEL_PATH, CharTokenizer, load_model, user_path
+from model import GPT, MODEL_PATH, CharTokenizer, load_model, prepare_output, user_path
 
 # What each kind of tensor does, by the end of its name.
 MEANINGS = {
@@ -26,6 +26,7 @@ MEANINGS = {
 
 
 def main() -> None:
+    prepare_output()
     parser = argparse.ArgumentParser(
         usage="python show_params.py [--model FILE]",
         description="Shows the parameters of a trained model.",
@@ -37,8 +38,6 @@ def main() -> None:
     args = parser.parse_args()
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader of the output may stop early
-    if sys.stdout is not None:  # it can be closed
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         model, tokenizer, metadata = load_model(args.model)
         show_parameters(model)

@@ -42,8 +42,10 @@ from model import (
     GPTConfig,
     cpu_capabilities,
     default_device,
+    is_intel,
     is_out_of_memory,
     load_model,
+    prepare_output,
     read_text,
     save_model,
     user_path,
@@ -161,12 +163,15 @@ class Settings:
     @property
     def checkpoint(self) -> Path:
         """The file that `resume` needs: models/model-scifi.train.pth for models/model-scifi.pth."""
-        return self.model.with_name(self.model.name.removesuffix(".pth") + ".train.pth")
+        return self.beside_model(".train.pth")
 
     @property
     def loss_log(self) -> Path:
         """The file with a row for each evaluation: models/model-scifi.csv."""
-        return self.model.with_name(self.model.name.removesuffix(".pth") + ".csv")
+        return self.beside_model(".csv")
+
+    def beside_model(self, ending: str) -> Path:
+        return self.model.with_name(self.model.name.removesuffix(".pth") + ending)
 
     @property
     def characters_per_step(self) -> int:
@@ -720,7 +725,7 @@ def cpu_has_fast_bf16(processor: dict[str, Any]) -> bool:
     With AMX it does. With AVX-512 alone it depends on the maker: one machine took 0.6 times as
     long for a training step, but on an Intel Xeon with AVX-512 FP16 products ran at half speed.
     """
-    if "Intel" in processor.get("cpu_name", ""):
+    if is_intel(processor):
         return processor.get("amx_bf16", False)
     return processor.get("avx512_bf16", False)
 
@@ -1171,8 +1176,8 @@ class LossLog:
             if not rows or tuple(rows[0]) != self.columns:
                 raise ValueError(f"{self.path} is not a log of losses: move it, or change --model")
             if trainer.step > 0:  # a resumed run: drop the rows logged after its checkpoint
-                steps = {str(step) for step in range(trainer.step + 1)}
-                self.rows = [row for row in rows[1:] if row and row[0] in steps]
+                numbered = [row for row in rows[1:] if row and row[0].isdecimal()]
+                self.rows = [row for row in numbered if int(row[0]) <= trainer.step]
 
     def add(self, trainer: Trainer, losses: dict[str, float], speed: float) -> None:
         row = [
@@ -1200,8 +1205,7 @@ def print_notice(message: str) -> None:
 
 
 def main() -> None:
-    if sys.stderr is None:  # it can be closed
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    prepare_output()
     settings, tracker = parse_arguments()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
 
