@@ -25,6 +25,7 @@ from model import (
     MODEL_PATH,
     ROOT,
     CharTokenizer,
+    InputError,
     default_device,
     is_out_of_memory,
     load_model,
@@ -50,7 +51,7 @@ def main() -> None:
     end_quietly_on_signals()
     try:
         model, tokenizer, metadata = load_model(args.model, args.device)
-        tokenizer.encode(args.stop or "")  # raises ValueError if a character is unknown
+        tokenizer.encode(args.stop or "")  # raises InputError if a character is unknown
         use_one_thread_for_little_work(model, args.num_samples)
         training_text = None
         if args.check_copied is not None:
@@ -65,7 +66,7 @@ def main() -> None:
             complete(model, tokenizer, args.prompt, args, training_text)
     except FileNotFoundError:
         sys.exit(f"error: there is no model {args.model}: train one with python train.py")
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -112,13 +113,13 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args([with_hyphens(argument) for argument in sys.argv[1:]])
     try:
         check_arguments(args)
-    except ValueError as error:
+    except InputError as error:
         parser.error(str(error))
     return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises ValueError if a value is out of range or the device cannot be used."""
+    """Raises InputError if a value is out of range or the device cannot be used."""
     check(0 <= args.max_new_tokens < LARGEST_INTEGER, "--max-new-tokens must be 0 or more")
     check(0 <= args.temperature < math.inf, "--temperature must be 0 or more")
     check(args.top_k is None or 1 <= args.top_k < LARGEST_INTEGER, "--top-k must be 1 or more")
@@ -131,12 +132,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here: try cpu") from error
+        raise InputError(f"--device {args.device} cannot be used here: try cpu") from error
 
 
 def check(is_valid: bool, message: str) -> None:
     if not is_valid:
-        raise ValueError(message)
+        raise InputError(message)
 
 
 def end_quietly_on_signals() -> None:
@@ -147,7 +148,7 @@ def end_quietly_on_signals() -> None:
 
 
 def use_one_thread_for_little_work(model: GPT, num_samples: int) -> None:
-    """With a small model, threads wait for each other longer than they compute."""
+    """With a small model, threads gain little, and lose much beside another program."""
     if model.config.n_embd * num_samples < 256:
         torch.set_num_threads(1)
 
@@ -187,7 +188,7 @@ def complete(
 ) -> None:
     """Prints the first text while it is generated, then the others, which grow at the same time.
 
-    Raises ValueError if the model does not know a character of the prompt.
+    Raises InputError if the model does not know a character of the prompt.
     """
     device = model.lm_head.weight.device
     start = tokenizer.encode(beginning or first_character(tokenizer)).long().to(device)  # (T,)
@@ -229,7 +230,7 @@ def first_character(tokenizer: CharTokenizer) -> str:
 def standard_input() -> TextIO:
     """Returns standard input as UTF-8; what is not UTF-8 becomes characters that are unknown."""
     if sys.stdin is None:
-        raise ValueError("standard input is closed")
+        raise InputError("standard input is closed")
     # utf-8-sig leaves out a byte order mark, and only \n ends a line.
     return io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", "surrogateescape", newline="\n")
 
@@ -253,7 +254,7 @@ def complete_lines(
             complete(model, tokenizer, line.rstrip("\r\n"), args, training_text)
         except KeyboardInterrupt:
             print(flush=True)
-        except ValueError as error:  # an unknown character
+        except InputError as error:  # an unknown character
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -263,10 +264,10 @@ def complete_lines(
 def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
     """Prints how likely the model finds each character of a text but the first.
 
-    Raises ValueError if the text is shorter than two characters or one of them is unknown.
+    Raises InputError if the text is shorter than two characters or one of them is unknown.
     """
     if len(text) < 2:
-        raise ValueError("--score needs at least two characters: the first is only read")
+        raise InputError("--score needs at least two characters: the first is only read")
     ids = tokenizer.encode(text).long().to(model.lm_head.weight.device)  # (T,)
     log_probs = read_logits(model, ids).log_softmax(dim=-1)  # (T, V)
     losses = -log_probs[:-1].gather(1, ids[1:, None]).flatten()  # (T - 1,), in nats
@@ -336,17 +337,17 @@ def find_training_text(args: argparse.Namespace, metadata: dict[str, Any]) -> st
     advice = "name it with --check-copied FILE"
     if args.check_copied is not REMEMBERED:
         if not args.check_copied.exists():
-            raise ValueError(f"there is no file {args.check_copied}: {advice}")
+            raise InputError(f"there is no file {args.check_copied}: {advice}")
         text, _ = read_text(args.check_copied)
         return text
     if "text" not in metadata or "text_digest" not in metadata:
-        raise ValueError(f"{args.model} does not say which text it has learned from: {advice}")
+        raise InputError(f"{args.model} does not say which text it has learned from: {advice}")
     path = ROOT / metadata["text"]
     if not path.exists():
-        raise ValueError(f"the training text {path} is not found: {advice}")
+        raise InputError(f"the training text {path} is not found: {advice}")
     text, digest = read_text(path)
     if digest != metadata["text_digest"]:
-        raise ValueError(f"{path} is not what the model has learned from: {advice}")
+        raise InputError(f"{path} is not what the model has learned from: {advice}")
     return text
 
 

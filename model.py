@@ -1,9 +1,10 @@
 """A GPT-2 style, character-level language model, from scratch. Read it from top to bottom.
 
-The architecture is GPT-2's: the decoder of "Attention Is All You Need", without an encoder and
-with the norms moved to the front. The function differs from GPT-2's in two things: positions are
-encoded by fixed sines and cosines instead of learned vectors, and the output layer has weights
-of its own. In training, the embedding begins larger, and attention weights are not dropped.
+The architecture is GPT-2's: the decoder of "Attention Is All You Need", without the encoder and
+the attention to it, and with the norms moved to the front. The function differs from GPT-2's in
+two things: positions are encoded by fixed sines and cosines instead of learned vectors, and the
+output layer has weights of its own. In training, the embedding begins larger, and attention
+weights are not dropped.
 
 Papers, as cited below:
 
@@ -40,6 +41,11 @@ from torch.nn import functional as F
 # 1 Configuration
 # ----------------------------------------------------------------------------------------
 
+
+class InputError(ValueError):
+    """A wrong setting, text or file. The scripts print the message, without a traceback."""
+
+
 # Larger sizes are mistakes or come from a damaged file: refused before memory is taken.
 MAX_SIZE = 2**21
 MAX_CONTEXT_LENGTH = 2**16
@@ -47,7 +53,7 @@ MAX_CONTEXT_LENGTH = 2**16
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a model. Raises ValueError if a size is invalid or two do not fit together."""
+    """The sizes of a model. Raises InputError if a size is invalid or two do not fit together."""
 
     vocab_size: int
     context_length: int = 128  # the characters that the model sees at once
@@ -64,14 +70,14 @@ class GPTConfig:
         self.check_size("n_embd", MAX_SIZE)
 
         if self.n_embd % self.n_head != 0:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+            raise InputError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and less than 1, not {self.dropout}")
+            raise InputError(f"dropout must be at least 0 and less than 1, not {self.dropout}")
 
     def check_size(self, name: str, maximum: int) -> None:
         size = getattr(self, name)
         if type(size) is not int or not 1 <= size <= maximum:
-            raise ValueError(f"{name} must be a whole number from 1 to {maximum}, not {size!r}")
+            raise InputError(f"{name} must be a whole number from 1 to {maximum}, not {size!r}")
 
     @property
     def parameter_count(self) -> int:
@@ -94,12 +100,12 @@ PIECE = 2**18  # characters encoded at once: enough to be fast, few enough to ne
 class CharTokenizer:
     """Maps characters to ids and back. The id of a character is its position in the vocabulary.
 
-    Raises ValueError if the vocabulary is not a string of different characters in sorted order.
+    Raises InputError if the vocabulary is not a string of different characters in sorted order.
     """
 
     def __init__(self, characters: str) -> None:
         if type(characters) is not str or list(characters) != sorted(set(characters)):
-            raise ValueError("a vocabulary must consist of different characters in sorted order")
+            raise InputError("a vocabulary must consist of different characters in sorted order")
         self.characters = characters
         self.vocab_size = len(characters)
 
@@ -111,7 +117,8 @@ class CharTokenizer:
         else:
             self.dtype = torch.int32
 
-        # A table from code points to ids encodes a text with one indexing operation.
+        # A table from code points to ids. A dictionary would do, but this encodes a text with one
+        # indexing operation, about 50 times as fast.
         self.id_of_code_point = torch.full((CODE_POINTS,), -1, dtype=torch.int32)  # -1: unknown
         self.id_of_code_point[code_points(characters)] = torch.arange(
             self.vocab_size, dtype=torch.int32
@@ -119,13 +126,13 @@ class CharTokenizer:
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """Makes the vocabulary of all characters that occur in a text."""
+        """Builds the vocabulary from all characters that occur in a text."""
         return cls("".join(sorted(set(text))))
 
     def encode(self, text: str) -> Tensor:
         """Returns the ids, `(len(text),)`, as small integers; the model needs them as `.long()`.
 
-        Raises ValueError if a character is unknown.
+        Raises InputError if a character is unknown.
         """
         ids = torch.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), PIECE):
@@ -133,7 +140,7 @@ class CharTokenizer:
             piece = self.id_of_code_point[codes]
             if piece.min() < 0:
                 unknown = chr(int(codes[piece < 0][0]))
-                raise ValueError(
+                raise InputError(
                     f"the character {unknown!r} (U+{ord(unknown):04X}) is not in the vocabulary, "
                     f"which is: {self.describe()}"
                 )
@@ -216,7 +223,7 @@ class Attention(nn.Module):
     """
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """Computes how much each query takes from each key, the formula step by step.
+        """Computes how much of each value each query takes, the formula step by step.
 
         The queries `(B, H, T, D)` are those of the last T of S characters, the keys `(B, H, S,
         D)` those of all. The weights, `(B, H, T, S)`, of each query sum to 1.
@@ -249,7 +256,8 @@ class KVCache:
     """The keys and values of all characters that one block has read.
 
     They depend only on a character and those before it, so they never change. With a cache a new
-    character costs the work for one position; without one, the work for all positions.
+    character costs the work for one position, with attention to all before it; without one, the
+    work for all positions. Queries are not kept: each is used once, by its own character.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
@@ -281,7 +289,7 @@ class MultiHeadAttention(nn.Module):
         # Queries, keys and values in one product. Linear computes what nn.Linear computes;
         # section 9 explains why it has a class of its own.
         self.qkv = Linear(config.n_embd, 3 * config.n_embd)
-        self.attention = Attention()
+        self.scaled_dot_product = Attention()
         self.output = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -289,13 +297,13 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
 
-        # Make H queries, H keys and H values of each vector.
+        # Compute H queries, H keys and H values from each vector.
         qkv = self.qkv(x).view(B, T, 3 * H, D)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(k, v)  # those of all characters so far
 
-        x = self.attention(q, k, v)  # (B, H, T, D)
+        x = self.scaled_dot_product(q, k, v)  # (B, H, T, D)
 
         # Put the heads side by side again, and mix what they have found.
         x = x.transpose(1, 2).reshape(B, T, C)
@@ -310,11 +318,13 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a nonlinearity between them, on each character alone, [V] section 3.3.
 
-    Attention only mixes vectors; here each one is transformed. Without the nonlinearity the two
-    layers would be a single linear function. GELU is a smooth max(0, x); the tanh form is
-    GPT-2's. Between the layers a vector is four times as wide, as in [V] and GPT-2: each of the
-    4 C channels can detect a pattern, and the second layer turns the patterns found into a
-    change of the vector.
+    Attention adds up values, which are linear functions of the vectors; here each vector is
+    transformed by a function that is not linear. Without the nonlinearity the two layers would
+    be a single linear function. GELU is a smooth max(0, x); the tanh form is GPT-2's.
+
+    Between the layers a vector is four times as wide: each of the 4 C channels can detect a
+    pattern, and the second layer turns the patterns found into a change of the vector. Wider
+    detects more and costs more; four times is the choice of [V] and GPT-2.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -332,7 +342,7 @@ class TransformerBlock(nn.Module):
     """Attention between the characters, then feed-forward on each, [GPT-2] section 2.3.
 
     Each of the two adds its result to x. Through these sums, the residual connections,
-    gradients reach every layer undiminished, and a block has to learn only what to change.
+    gradients have a direct path to every layer, and a block has to learn only what to change.
 
     A LayerNorm gives each vector mean 0 and variance 1, then a learned scale and shift. It
     comes before the layer, so that nothing stands in the way of the sums; in [V] it comes after
@@ -341,8 +351,8 @@ class TransformerBlock(nn.Module):
     https://arxiv.org/abs/2002.04745).
 
     Dropout sets random activations to zero in training, so that the model cannot rely on any
-    single one ([V] section 5.4). It helps only where the text is so small that the model
-    memorizes it.
+    single one ([V] section 5.4). It can help where a model reads a small text so often that it
+    memorizes it; with the default settings it does not.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -379,6 +389,7 @@ class GPT(nn.Module):
         positions = sinusoidal_encoding(config.context_length, C)
         self.register_buffer("positions", positions, persistent=False)  # a constant: not saved
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        # x grows with every block: the last norm gives the output layer vectors of one size.
         self.final_norm = nn.LayerNorm(C)
         # GPT-2 ties this layer to the embedding: both have the same weights. That saves V C
         # parameters, tens of millions with GPT-2's vocabulary but about 1 % here, and the two
@@ -391,8 +402,8 @@ class GPT(nn.Module):
         # About as large as the sines and cosines that are added, so that neither hides the other.
         nn.init.normal_(self.token_embedding.weight, std=1.0)
 
-        # The rest as in [GPT-1] section 4.1. The model has 2 n_layer sums. The layers whose results
-        # are added begin smaller by the square root of that, so that x hardly grows with depth
+        # The rest as in [GPT-1] section 4.1. The results of 2 n_layer layers are added to x. These
+        # layers begin smaller, by a factor of sqrt(2 n_layer), so that x hardly grows with depth
         # ([GPT-2] section 2.3).
         std = 0.02
         std_before_sum = std / math.sqrt(2 * self.config.n_layer)
@@ -416,7 +427,7 @@ class GPT(nn.Module):
             caches: one for each block, with what has been read before.
 
         Returns:
-            The scores, called logits, `(B, T, V)`. A softmax makes probabilities of them. The
+            The scores, called logits, `(B, T, V)`. A softmax turns them into probabilities. The
             loss in nats: the mean of -log p(target). It is 0 if every target was certain, and
             ln V if all characters were equally likely. None without targets.
 
@@ -430,7 +441,8 @@ class GPT(nn.Module):
                 f"{start + T} characters do not fit a context of {self.config.context_length}"
             )
 
-        # What each character is, plus where it stands.
+        # What each character is, plus where it stands. The sum keeps both: positions differ almost
+        # only in a fifth of all directions, which the embedding learns to use less than others.
         x = self.token_embedding(ids) + self.positions[start : start + T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
 
@@ -500,7 +512,7 @@ def init_linear(layer: nn.Linear, std: float) -> None:
 # 7 Sampling
 # ----------------------------------------------------------------------------------------
 
-GREEDY_TEMPERATURE = 1e-5  # at most this: take the likeliest, which has all the probability
+GREEDY_TEMPERATURE = 1e-5  # up to here, the likeliest character has practically all probability
 
 
 def sample(
@@ -539,7 +551,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the likeliest characters, up to the one with which their probabilities reach p.
+    """Sets all scores to -inf but those of the likeliest characters that together reach p.
 
     This is nucleus sampling, Holtzman et al., 2020, section 3.1,
     https://arxiv.org/abs/1904.09751. It keeps few characters where the model is certain and
@@ -549,11 +561,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
         return logits
     ranked, ids = logits.sort(dim=-1, descending=True, stable=True)  # (B, V)
     probs = ranked.softmax(dim=-1)
-    reached_before = (
-        probs.cumsum(dim=-1) - probs
-    )  # the total probability of the likelier characters
-    unlikely = reached_before >= p
-    unlikely[:, 0] = False  # the likeliest always stays
+    likelier = probs.cumsum(dim=-1) - probs  # the total probability of all likelier characters
+    unlikely = likelier >= p
+    unlikely[:, 0] = False  # the likeliest always stays, with p = 0 too
     ranked = ranked.masked_fill(unlikely, -math.inf)
     return torch.empty_like(logits).scatter(-1, ids, ranked)  # in the order of the ids again
 
@@ -582,7 +592,7 @@ DIGEST_LENGTH = 64  # hexadecimal digits of SHA-256
 REPLACE_ATTEMPTS = 20  # a tenth of a second apart
 
 
-def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **metadata: Any) -> None:
+def save_model(path: Path | str, model: GPT, tokenizer: CharTokenizer, **metadata: Any) -> None:
     """Writes a model and metadata, such as the step, to a file, with `write_file`."""
     content = {
         "weights": model.state_dict(),
@@ -592,7 +602,7 @@ def save_model(path: Path, model: GPT, tokenizer: CharTokenizer, **metadata: Any
     }
     archive = io.BytesIO()
     torch.save(content, archive)
-    write_file(path, with_digest(archive.getvalue()))
+    write_file(Path(path), with_digest(archive.getvalue()))
 
 
 def with_digest(archive: bytes) -> bytes:
@@ -646,14 +656,14 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def load_model(
-    path: Path, device: torch.device | str = "cpu"
+    path: Path | str, device: torch.device | str = "cpu"
 ) -> tuple[GPT, CharTokenizer, dict[str, Any]]:
     """Reads what `save_model` wrote: the model, ready to generate, its tokenizer and the metadata.
 
-    Code in the file is never run. Raises OSError if the file cannot be read, ValueError if it
+    Code in the file is never run. Raises OSError if the file cannot be read, InputError if it
     is damaged or is not a model.
     """
-    data = path.read_bytes()
+    data = Path(path).read_bytes()
     is_intact = has_right_digest(data)
     try:
         check_archive(data)
@@ -674,7 +684,7 @@ def load_model(
         if is_intact and is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path} is damaged or is not a model: {reason}") from error
+        raise InputError(f"{path} is damaged or is not a model of this code: {reason}") from error
     return model.to(device).eval(), tokenizer, metadata
 
 
@@ -721,7 +731,7 @@ def check_sizes(
         raise ValueError("its vocabulary has another size than its model")
     if sum(weight.numel() for weight in weights.values()) != config.parameter_count:
         raise ValueError("its weights are not as many as its sizes say")
-    # Names can share a tensor, as with a tied output layer, so a file may be somewhat smaller.
+    # Names can share a tensor, as with a tied output layer: a file may be down to half as large.
     if 4 * config.parameter_count > 2 * file_size:
         raise ValueError("it is smaller than its weights")
 
@@ -729,14 +739,14 @@ def check_sizes(
 def read_text(path: Path) -> tuple[str, str]:
     """Reads a text and the SHA-256 of its bytes.
 
-    Raises OSError if the file cannot be read, ValueError if it is not UTF-8.
+    Raises OSError if the file cannot be read, InputError if it is not UTF-8.
     """
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it first") from error
+        raise InputError(f"{path} is not UTF-8 text ({error}): convert it first") from error
     return text.removeprefix("\ufeff"), digest  # without a byte order mark
 
 
@@ -748,7 +758,7 @@ def user_path(argument: str) -> Path:
 def prepare_output() -> None:
     """Makes standard output UTF-8, and lets both outputs be closed."""
     if sys.stdout is not None:
-        # A console that has no character for something shows a question mark.
+        # UTF-8 lacks half surrogate pairs, which an argument can contain: they are printed as "?".
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -785,8 +795,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 # 9 Speed on a CPU
 # ----------------------------------------------------------------------------------------
 
-# On an Intel processor PyTorch divides a product among the cores well by itself: there, what
-# `Linear` does made generation with 6 layers of 384 channels take 1.15 times as long.
+# On an Intel Xeon, PyTorch divided a product among the cores well by itself: there, what `Linear`
+# does made generation with 6 layers of 384 channels take 1.15 times as long.
 TORCH_DIVIDES_WELL = is_intel(cpu_capabilities())
 MANY_ROWS = 256  # from here on, dividing the rows gains more than it costs
 FEW_ROWS = 32  # up to here, reading the weights takes most of the time
@@ -799,10 +809,9 @@ class Linear(nn.Linear):
     The result is the same, up to rounding. The gain depends on the machine; `tests/benchmark.py`
     compares with nn.Linear:
 
-    - Many rows, as in training: 1.2 to 1.4 times as fast on four cores with AVX2, no difference
-      on two cores with AVX-512.
+    - Many rows, as in training: 1.2 to 1.4 times as fast on four cores of an AMD EPYC with AVX2.
     - Few rows and a large weight, as in generation with 6 layers of 384 channels: 1.5 times as
-      fast on two cores with AVX-512.
+      fast on another machine, two cores with AVX-512.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)

@@ -6,14 +6,14 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from model import GPT, MODEL_PATH, CharTokenizer, load_model, prepare_output, user_path
+from model import GPT, MODEL_PATH, CharTokenizer, InputError, load_model, prepare_output, user_path
 
 # What each kind of tensor does, by the end of its name.
 MEANINGS = {
     "token_embedding.weight": "a vector for each character",
     "norm.weight": "scales each channel of a vector after it was normalized",
     "norm.bias": "shifts each channel of a vector after it was normalized",
-    "attention.qkv.weight": "makes a query, a key and a value of each vector",
+    "attention.qkv.weight": "computes a query, a key and a value from each vector",
     "attention.qkv.bias": "is added to them",
     "attention.output.weight": "mixes what the heads have found",
     "attention.output.bias": "is added to it",
@@ -45,7 +45,7 @@ def main() -> None:
         show_settings(model, tokenizer, metadata)
     except FileNotFoundError:
         sys.exit(f"error: there is no model {args.model}: train one with python train.py")
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -40,6 +40,7 @@ from model import (
     ROOT,
     CharTokenizer,
     GPTConfig,
+    InputError,
     cpu_capabilities,
     default_device,
     is_intel,
@@ -75,7 +76,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run depends on. Raises ValueError if a value is out of range.
+    """All that a run depends on. Raises InputError if a value is out of range.
 
     The losses in the comments are those of the validation part, in nats: lower is better.
     """
@@ -90,8 +91,7 @@ class Settings:
     batch_size: int = setting(24, "windows of text in each step", 1)
     accumulate: int = setting(1, "split each batch into this many parts, to save memory", 1)
 
-    # The model. A larger one learns more from each character, but reads fewer in the same time:
-    # with 6 layers, 192 channels and a context of 256 the loss was 1.62 instead of 1.54.
+    # The model. A larger one learns more from each character, but reads fewer in the same time.
     context_length: int = setting(128, "characters in a window")
     n_layer: int = setting(4, "blocks")
     n_head: int = setting(4, "attention heads in each block")
@@ -99,11 +99,13 @@ class Settings:
     # On the sample (1,600 steps of 16 windows of 64), 0.1 raised the loss from 1.444 to 1.500.
     dropout: float = setting(0.0, "the probability that an activation is dropped in training")
 
-    # The optimizer. After 400 steps on the sample: 1.470 with Muon, 2.117 with AdamW.
-    optimizer: str = setting("muon", "of the matrices of the blocks", choices=("muon", "adamw"))
+    # The optimizer. After 400 steps on the sample: 1.462 with Muon, 2.117 with AdamW.
+    optimizer: str = setting(
+        "muon", "the optimizer of the blocks' matrices", choices=("muon", "adamw")
+    )
     # The best of several from 0.006 to 0.03. For AdamW a tenth of it is usual.
     learning_rate: float = setting(0.014, "the highest rate; --optimizer adamw uses a tenth", 0)
-    # Muon averages about 10 gradients: the first averages are noisy, so their steps are small.
+    # Muon averages about 10 gradients: the first averages hold fewer, so their steps are small.
     warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
     # On the sample 0.4 gave 1.442, 0.3 gave 1.450; on the books they differ by less than 0.003.
     weight_decay: float = setting(0.4, "how strongly the matrices are pulled toward zero", 0)
@@ -120,13 +122,13 @@ class Settings:
     device: str = setting(default_device(), "cpu, cuda or mps")
     precision: str = setting(
         "auto",
-        "of matrix products; auto is bf16 where it is fast, else fp32, with TF32 on a GPU",
+        "for matrix products; auto is bf16 where it is fast, else fp32, with TF32 on a GPU",
         choices=("auto", "fp32", "bf16"),
     )
-    compile: bool = setting(False, "compile the model first, which pays on a GPU")
+    compile: bool = setting(False, "compile the model first, worthwhile on a GPU")
     tracker: str = setting(
         "auto",
-        "for the charts; auto is aim if it is installed, else tensorboard",
+        "what draws the charts; auto is aim if it is installed, else tensorboard",
         choices=("auto", "aim", "tensorboard", "none"),
     )
 
@@ -135,20 +137,20 @@ class Settings:
             value = getattr(self, f.name)
             minimum, maximum = f.metadata["minimum"], f.metadata["maximum"]
             if isinstance(value, int | float) and not minimum <= value <= maximum:
-                raise ValueError(
+                raise InputError(
                     f"{flag_name(f.name)} must be from {minimum:g} to {maximum:g}, not {value}"
                 )
         if self.model.name == "" or self.model.is_dir():
-            raise ValueError(f"--model {self.model} must be a file, not a directory")
-        self.model_config(vocab_size=1)  # raises ValueError for an invalid size
+            raise InputError(f"--model {self.model} must be a file, not a directory")
+        self.model_config(vocab_size=1)  # raises InputError for an invalid size
         if self.batch_size % self.accumulate != 0:
-            raise ValueError(
+            raise InputError(
                 f"--batch-size ({self.batch_size}) must be a multiple of "
                 f"--accumulate ({self.accumulate})"
             )
         if self.device.startswith("mps") and self.precision == "bf16":
             # In bfloat16 its attention lets a character use later ones (pytorch issue 195910).
-            raise ValueError("--precision bf16 gives wrong results with --device mps: use fp32")
+            raise InputError("--precision bf16 gives wrong results with --device mps: use fp32")
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         return GPTConfig(
@@ -190,14 +192,14 @@ def flag_name(field_name: str) -> str:
 def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Splits a text into the part to learn from and the part to validate on, its end.
 
-    Each part must have a window and the character that follows it; else raises ValueError.
+    Each part must have a window and the character that follows it; else raises InputError.
     """
     val_length = round(len(ids) * settings.val_fraction)
     window = settings.context_length + 1
     if min(val_length, len(ids) - val_length) < window:
         smaller_fraction = min(settings.val_fraction, 1 - settings.val_fraction)
         needed = math.ceil((window + 1) / smaller_fraction)
-        raise ValueError(
+        raise InputError(
             f"{settings.data} has {len(ids)} characters; these settings need at least {needed}"
         )
     return ids[:-val_length], ids[-val_length:]
@@ -211,64 +213,6 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
     stride = max(context_length, (len(ids) - context_length - 1) // count)
     starts = range(0, len(ids) - context_length, stride)[:count]
     return torch.stack([ids[start : start + context_length + 1].long() for start in starts])
-
-
-MOST_COUNTED = 2_000_000  # characters; more would take longer and change the losses little
-
-
-def ngram_losses(train_ids: Tensor, val_ids: Tensor, vocab_size: int) -> list[float]:
-    """Returns the losses, in nats, of what counting alone can do: the losses to beat.
-
-    Every character of the validation part is predicted from nothing (uniform), from how often
-    it occurs in the training part (unigram), and from how often it follows the character before
-    it (bigram) or the two before it (trigram) there.
-
-    Where a history is rare, Witten-Bell smoothing relies more on the shorter history
-    (Witten and Bell, 1991; Chen and Goodman, 1998, section 2.5). With n(h c), how often the
-    character c follows the history h, n(h), how often any does, and k(h), how many different
-    characters do:
-
-        p(c | h) = (n(h c) + k(h) p(c | h without its first character)) / (n(h) + k(h))
-    """
-    V = vocab_size
-    text = torch.cat([train_ids[-2:], val_ids])  # the first characters have histories too
-    probs = torch.full((len(val_ids),), 1 / V, dtype=torch.double)
-    losses = [math.log(V)]
-    for n in (1, 2, 3):
-        ngrams, ngram_counts = ngram_codes(train_ids, n, V).unique(return_counts=True)
-
-        # Division by V takes the last character of an n-gram away: its history is left. Each
-        # different n-gram of a history is one more character that can follow it.
-        histories, history_index, follower_kinds = (ngrams // V).unique_consecutive(
-            return_inverse=True, return_counts=True
-        )
-        history_counts = torch.zeros_like(histories).index_add_(0, history_index, ngram_counts)
-
-        codes = ngram_codes(text[3 - n :], n, V)  # the n-gram that ends with each character
-        count = look_up(codes, ngrams, ngram_counts)  # n(h c)
-        total = look_up(codes // V, histories, history_counts)  # n(h)
-        kinds = look_up(codes // V, histories, follower_kinds)  # k(h)
-        smoothed = (count + kinds * probs) / (total + kinds)
-        probs = torch.where(total > 0, smoothed, probs)
-        losses.append(-probs.log().mean().item())
-    return losses
-
-
-def ngram_codes(ids: Tensor, n: int, vocab_size: int) -> Tensor:
-    """Returns a number for each n characters in a row: their ids as digits of base V."""
-    count = len(ids) - n + 1
-    codes = torch.zeros(count, dtype=torch.long)
-    for i in range(n):
-        codes = codes * vocab_size + ids[i : i + count]
-    return codes
-
-
-def look_up(wanted: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Returns the value of each wanted key, or 0. The keys are in ascending order."""
-    if len(keys) == 0:
-        return torch.zeros_like(wanted)
-    places = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-    return torch.where(keys[places] == wanted, values[places], 0)
 
 
 # ----------------------------------------------------------------------------------------
@@ -304,12 +248,12 @@ class Muon(torch.optim.Optimizer):
     (NorMuon), https://arxiv.org/abs/2510.05491. `torch.optim.Muon` is about as fast where the
     processor computes in bfloat16, and takes 40 times as long on a CPU that does not.
 
-    Each group of parameters has `lr`, `momentum`, `weight_decay`, and `parts`: the number of
-    matrices that lie one above the other in each parameter.
+    Each group of parameters has `lr`, `momentum`, `weight_decay`, and `stacked`: the number of
+    matrices that are stacked one above the other in each parameter.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        defaults = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "parts": 1}
+        defaults = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "stacked": 1}
         super().__init__(groups, defaults)
 
     @torch.no_grad()
@@ -320,8 +264,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 update = self.momentum_update(p, group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                matrices += p.chunk(group["parts"])
-                updates += update.chunk(group["parts"])
+                matrices += p.chunk(group["stacked"])
+                updates += update.chunk(group["stacked"])
             # One product of many matrices is faster than many products.
             for matrix_batch, update_batch in batches_of_one_shape(matrices, updates):
                 self.apply_updates(matrix_batch, update_batch, group["lr"])
@@ -331,11 +275,10 @@ class Muon(torch.optim.Optimizer):
 
         `a.lerp(b, momentum)` is `momentum * b + (1 - momentum) * a`.
         """
-        state = self.state[p]
-        if "average" not in state:
-            state["average"] = p.grad.clone()  # the first average is the first gradient
-        state["average"] = p.grad.lerp(state["average"], momentum)
-        return p.grad.lerp(state["average"], momentum)
+        average = self.state[p].get("average", p.grad)  # at first, the first gradient
+        average = p.grad.lerp(average, momentum)
+        self.state[p]["average"] = average
+        return p.grad.lerp(average, momentum)
 
     def apply_updates(self, matrices: list[Tensor], updates: list[Tensor], lr: float) -> None:
         """Moves matrices of one shape, none of which has more rows than columns."""
@@ -374,12 +317,14 @@ def batches_of_one_shape(
 def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimizer]:
     """Makes Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all.
 
+    AdamW averages the gradients of each weight, and divides the average by the typical size of
+    that weight's past gradients (Adam: Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980). The
+    W stands for decoupled weight decay, which is not divided by that size (Loshchilov and Hutter,
+    2019, https://arxiv.org/abs/1711.05101).
+
     The embedding and the output layer are matrices too, but each of their rows belongs to one
-    character: an orthogonal update would move the row of a character that hardly occurs as much
-    as that of "e". AdamW divides the update of each weight by the typical size of that weight's
-    past gradients (Adam: Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980). The W stands for
-    decoupled weight decay, which is not divided by that size (Loshchilov and Hutter, 2019,
-    https://arxiv.org/abs/1711.05101).
+    character. Muon would move the row of a character that hardly occurs in every step, as far as
+    that of "e". With AdamW it soon rests: the average forgets a gradient sooner than the size does.
 
     Weight decay acts on the matrices of the blocks alone. Norms and biases are few, and an
     embedding should not shrink because its character is rare.
@@ -402,7 +347,7 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
     if settings.optimizer == "adamw":
         return [adamw]
 
-    queries_keys_values = {"params": qkv, "weight_decay": decay, "parts": 3}
+    queries_keys_values = {"params": qkv, "weight_decay": decay, "stacked": 3}
     muon = Muon([queries_keys_values, {"params": others, "weight_decay": decay}])
     return [muon, adamw]
 
@@ -415,7 +360,7 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
 class Trainer:
     """A model, its optimizers and the text, in process `rank` of `world` processes.
 
-    Raises OSError if a file cannot be read or written, ValueError if a file or a setting is
+    Raises OSError if a file cannot be read or written, InputError if a file or a setting is
     wrong.
     """
 
@@ -451,7 +396,7 @@ class Trainer:
         """Returns the number of windows that this process computes at once."""
         shares = self.world * self.settings.accumulate
         if self.settings.batch_size % shares != 0:
-            raise ValueError(
+            raise InputError(
                 f"--batch-size {self.settings.batch_size} must be a multiple of "
                 f"{self.world} processes x {self.settings.accumulate} (--accumulate)"
             )
@@ -479,7 +424,8 @@ class Trainer:
     def make_fixed_settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that it continues.
 
-        These are the shapes, the data and the meaning of the losses. The rest may change.
+        These are the sizes and the dropout, the text, what the losses measure, and what the saved
+        state of the optimizers fits. The rest may change.
         """
         return {
             **asdict(self.model.config),
@@ -507,7 +453,7 @@ class Trainer:
         steps = [0] * self.world
         dist.all_gather_object(steps, self.step)
         if len(set(steps)) > 1:
-            raise ValueError(
+            raise InputError(
                 f"the processes are at steps {steps}: all must see the same directory of --model"
             )
 
@@ -561,7 +507,7 @@ class Trainer:
             self.model.parameters(), self.settings.grad_clip
         )
 
-        learning_rate = self.learning_rate()
+        learning_rate = self.learning_rate(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -578,8 +524,8 @@ class Trainer:
             return contextlib.nullcontext()
         return self.parallel_model.no_sync()
 
-    def learning_rate(self) -> float:
-        """The rate of the next step.
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step, the first of which is step 0.
 
         It rises while the optimizers' averages fill, then falls in a straight line to zero:
         with ever smaller steps the noise of the batches averages out.
@@ -588,8 +534,8 @@ class Trainer:
         highest = settings.learning_rate
         if settings.optimizer == "adamw":
             highest = 0.1 * highest
-        warmup = min(1, (self.step + 1) / (settings.warmup_steps + 1))
-        return highest * warmup * (1 - self.step / settings.steps)
+        warmup = min(1, (step + 1) / (settings.warmup_steps + 1))
+        return highest * warmup * (1 - step / settings.steps)
 
     def is_finished(self) -> bool:
         return self.step >= self.settings.steps
@@ -604,9 +550,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Computes the mean loss, in nats, of fixed windows of both parts of the text.
 
-        Raises ValueError if training has diverged.
+        Raises InputError if training has diverged.
         """
-        self.check_loss_is_finite()
         self.model.eval()
         losses = {}
         for part, windows in self.eval_windows.items():
@@ -617,7 +562,7 @@ class Trainer:
                 total += loss * len(rows)
             losses[part] = total.item() / len(windows)
         if not math.isfinite(losses["val"]):
-            raise ValueError(
+            raise InputError(
                 f"step {self.step}: the validation loss is {losses['val']}; lower --learning-rate"
             )
         self.last_evaluation = self.step
@@ -625,7 +570,7 @@ class Trainer:
 
     def check_loss_is_finite(self) -> None:
         if not math.isfinite(self.loss + self.grad_norm):
-            raise ValueError(
+            raise InputError(
                 f"step {self.step}: the loss is {self.loss:.4g} and the norm of the gradient is "
                 f"{self.grad_norm:.4g}; lower --learning-rate"
             )
@@ -663,13 +608,13 @@ class Trainer:
         )
 
     def load_checkpoint(self) -> None:
-        """Continues from the checkpoint. Raises ValueError if it is of another run."""
+        """Continues from the checkpoint. Raises InputError if it is of another run."""
         path = self.settings.checkpoint
         model, _, metadata = load_model(path)
         if "optimizers" not in metadata:
-            raise ValueError(f"{path} is a model and not a checkpoint")
+            raise InputError(f"{path} is a model and not a checkpoint")
         if "fixed_settings" not in metadata:
-            raise ValueError(f"{path} was saved by an earlier version: start without --resume")
+            raise InputError(f"{path} was saved by an earlier version: start without --resume")
         saved = metadata["fixed_settings"]
         if saved != self.fixed_settings:
             changed = {
@@ -677,14 +622,13 @@ class Trainer:
                 for name, value in self.fixed_settings.items()
                 if saved.get(name) != value
             }
-            raise ValueError(f"{path} was made with {changed}: use the same, or another --model")
+            raise InputError(f"{path} was made with {changed}: use the same, or another --model")
 
         self.model.load_state_dict(model.state_dict())
         for optimizer, state in zip(self.optimizers, metadata["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         if self.settings.precision == "auto":
-            self.settings = replace(self.settings, precision=metadata["precision"])
-            self.use_precision(self.settings.precision)
+            self.use_precision(metadata["precision"])
         self.step = metadata["step"]
         self.last_evaluation = metadata["last_evaluation"]
         self.best_val_loss = metadata["best_val_loss"]
@@ -743,8 +687,65 @@ def check_directory_is_writable(directory: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------
-# What the model has learned
+# What counting can do, and what the model has learned
 # ----------------------------------------------------------------------------------------
+
+MAX_COUNTED = 2_000_000  # characters; more would take longer and change the losses little
+
+
+def ngram_losses(train_ids: Tensor, val_ids: Tensor, vocab_size: int) -> list[float]:
+    """Returns the losses, in nats, of what counting alone can do: the losses to beat.
+
+    Every character of the validation part is predicted from nothing (uniform), from how often
+    it occurs in the training part (unigram), and from how often it follows the character before
+    it (bigram) or the two before it (trigram) there.
+
+    Where a history is rare, Witten-Bell smoothing relies more on the shorter history
+    (Witten and Bell, 1991; Chen and Goodman, 1998, section 2.5). With n(h c), how often the
+    character c follows the history h, n(h), how often any does, and k(h), how many different
+    characters do:
+
+        p(c | h) = (n(h c) + k(h) p(c | h without its first character)) / (n(h) + k(h))
+    """
+    V = vocab_size
+    text = torch.cat([train_ids[-2:], val_ids])  # the first characters have histories too
+    probs = torch.full((len(val_ids),), 1 / V, dtype=torch.double)
+    losses = [math.log(V)]
+    for n in (1, 2, 3):
+        ngrams, ngram_counts = ngram_codes(train_ids, n, V).unique(return_counts=True)
+
+        # Division by V takes the last character of an n-gram away: its history is left. Each
+        # different n-gram of a history is one more character that can follow it.
+        histories, history_index, follower_kinds = (ngrams // V).unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        history_counts = torch.zeros_like(histories).index_add_(0, history_index, ngram_counts)
+
+        codes = ngram_codes(text[3 - n :], n, V)  # the n-gram that ends with each character
+        count = look_up(codes, ngrams, ngram_counts)  # n(h c)
+        total = look_up(codes // V, histories, history_counts)  # n(h)
+        kinds = look_up(codes // V, histories, follower_kinds)  # k(h)
+        smoothed = (count + kinds * probs) / (total + kinds)
+        probs = torch.where(total > 0, smoothed, probs)
+        losses.append(-probs.log().mean().item())
+    return losses
+
+
+def ngram_codes(ids: Tensor, n: int, vocab_size: int) -> Tensor:
+    """Returns a number for each n characters in a row: their ids as digits of base V."""
+    count = len(ids) - n + 1
+    codes = torch.zeros(count, dtype=torch.long)
+    for i in range(n):
+        codes = codes * vocab_size + ids[i : i + count]
+    return codes
+
+
+def look_up(wanted: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Returns the value of each wanted key, or 0. The keys are in ascending order."""
+    if len(keys) == 0:
+        return torch.zeros_like(wanted)
+    places = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    return torch.where(keys[places] == wanted, values[places], 0)
 
 
 @torch.no_grad()
@@ -784,7 +785,8 @@ def attention_weights(model: GPT, ids: Tensor) -> list[Tensor]:
         weights.append(attention.weights(q, k)[0])
 
     hooks = [
-        block.attention.attention.register_forward_hook(keep_weights) for block in model.blocks
+        block.attention.scaled_dot_product.register_forward_hook(keep_weights)
+        for block in model.blocks
     ]
     model(ids[None])
     for hook in hooks:
@@ -902,7 +904,7 @@ TRACKERS = {"aim": AimTracker, "tensorboard": TensorBoardTracker}
 def make_tracker(name: str) -> AimTracker | TensorBoardTracker | None:
     """Returns the tracker of that name; for "auto" the first that can be imported, or None.
 
-    Raises ValueError if the named tracker cannot be imported.
+    Raises InputError if the named tracker cannot be imported.
     """
     if name == "none":
         return None
@@ -915,7 +917,7 @@ def make_tracker(name: str) -> AimTracker | TensorBoardTracker | None:
             if name != "auto":
                 reason = describe(error)
                 advice = f"install it with {tracker.install_with}, or use --tracker none"
-                raise ValueError(f"--tracker {name} cannot be used ({reason}): {advice}") from error
+                raise InputError(f"--tracker {name} cannot be used ({reason}): {advice}") from error
     return None
 
 
@@ -989,7 +991,7 @@ class Tracking:
             self.tracker.add_numbers(numbers, trainer.step, part)
         if trainer.step > 0:
             numbers = {
-                "learning_rate": trainer.learning_rate(),
+                "learning_rate": trainer.learning_rate(trainer.step - 1),
                 "gradient_norm": trainer.grad_norm.item(),
                 "characters_per_second": speed,
             }
@@ -1003,8 +1005,8 @@ class Tracking:
         for i, weights in enumerate(attention_weights(model, window)):
             caption = (
                 f"{source}, block {i}, one square for each head. Row t is how much character t "
-                f"takes from each character up to itself, from black (nothing) to white (all). "
-                f"Text: {text!r}"
+                f"takes from each character up to itself, from black (nothing) to white (all), "
+                f"as square roots. Text: {text!r}"
             )
             self.tracker.add_image(
                 f"attention {i}", attention_image(weights), caption, trainer.step
@@ -1014,7 +1016,7 @@ class Tracking:
         message = f"tracking with {self.tracker.name} failed ({describe(error)}): {consequence}"
         if message not in self.reported:
             self.reported.add(message)
-            advice = f"If it does not help, delete {self.tracker.directory}, or use --tracker none."
+            advice = f"If it fails again, delete {self.tracker.directory}, or use --tracker none."
             print_notice(f"{message}. Training continues. {advice}")
 
     def close(self) -> None:
@@ -1041,6 +1043,9 @@ def run_name(settings: Settings) -> str:
 # ----------------------------------------------------------------------------------------
 
 
+LOSS_INTERVAL = 10  # steps between readings of the loss of a batch
+
+
 def train(trainer: Trainer, tracking: Tracking) -> int:
     """Trains until the last step or until a signal. Returns the number of the signal, or 0."""
     stop_signal = StopSignal(trainer.world)
@@ -1060,10 +1065,13 @@ def train(trainer: Trainer, tracking: Tracking) -> int:
 
             if trainer.is_finished():
                 return 0
-            if stop_signal.was_received():
-                return stop(trainer, stop_signal.number)
+            signal_number = stop_signal.agreed_number()
+            if signal_number != 0:
+                return stop(trainer, signal_number)
 
             trainer.train_step()
+            if trainer.step % LOSS_INTERVAL == 0:  # a GPU has to finish its work first
+                trainer.check_loss_is_finite()
             progress.update()
 
 
@@ -1075,15 +1083,14 @@ def stop(trainer: Trainer, number: int) -> int:
 
 
 class StopSignal:
-    """Notes Ctrl-C and requests to terminate, so that a step is finished before the process ends.
+    """Records Ctrl-C and requests to terminate, so that a step ends before the process does.
 
     A second signal of the same kind ends it at once.
     """
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self.received = 0  # the number of the signal that this process has received
-        self.number = 0  # of the signal at which all processes stop
+        self.received = 0  # the number of the signal that this process has received, or 0
         signal.signal(signal.SIGINT, self.receive)
         signal.signal(signal.SIGTERM, self.receive)
 
@@ -1091,22 +1098,20 @@ class StopSignal:
         self.received = number
         signal.signal(number, signal.SIG_DFL)
 
-    def was_received(self) -> bool:
-        """True if any process has received one: all processes stop after the same step.
+    def agreed_number(self) -> int:
+        """Returns the number of the signal that any process has received, or 0.
 
-        A signal that arrives while the processes communicate counts after the next step.
+        All processes get the same number, so they stop after the same step. A signal that arrives
+        while they communicate counts after the next step.
         """
         highest = torch.tensor(self.received)
         if self.world > 1:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
-        self.number = int(highest)
-        return self.number != 0
+        return int(highest)
 
 
 class Progress:
     """The progress bar, if standard error is a terminal, and a line for each evaluation."""
-
-    steps_between_looks = 10  # at the loss: a GPU has to finish its work before each
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -1137,10 +1142,9 @@ class Progress:
         return steps * self.characters_per_step / (time.perf_counter() - self.start_time)
 
     def update(self) -> None:
-        """Notes that a step was done."""
+        """Moves the bar by a step."""
         self.bar.update(self.characters_per_step)
-        if self.trainer.rank == 0 and self.trainer.step % self.steps_between_looks == 0:
-            self.trainer.check_loss_is_finite()
+        if not self.bar.disable and self.trainer.step % LOSS_INTERVAL == 0:
             self.bar.set_postfix(loss=f"{self.trainer.loss:.3f}", refresh=False)
 
     def print_losses(self, losses: dict[str, float], speed: float) -> None:
@@ -1159,7 +1163,7 @@ class Progress:
 class LossLog:
     """A CSV file beside the model with a row for each evaluation, which any program can plot.
 
-    Raises ValueError if the file of that name is something else.
+    Raises InputError if the file of that name is something else.
     """
 
     columns = ("step", "train_loss", "val_loss", "learning_rate", "characters_per_second")
@@ -1174,7 +1178,7 @@ class LossLog:
             except csv.Error:
                 rows = []
             if not rows or tuple(rows[0]) != self.columns:
-                raise ValueError(f"{self.path} is not a log of losses: move it, or change --model")
+                raise InputError(f"{self.path} is not a log of losses: move it, or change --model")
             if trainer.step > 0:  # a resumed run: drop the rows logged after its checkpoint
                 numbered = [row for row in rows[1:] if row and row[0].isdecimal()]
                 self.rows = [row for row in numbered if int(row[0]) <= trainer.step]
@@ -1184,7 +1188,7 @@ class LossLog:
             str(trainer.step),
             f"{losses['train']:.5f}",
             f"{losses['val']:.5f}",
-            f"{trainer.learning_rate():.6g}",
+            f"{trainer.learning_rate(trainer.step - 1):.6g}",
             f"{speed:.0f}",
         ]
         self.rows.append(row)
@@ -1216,7 +1220,7 @@ def main() -> None:
         if "WORLD_SIZE" in os.environ:  # started by torchrun
             rank, world, store = join_processes(settings)
         status = run(settings, Tracking(tracker), rank, world)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (OSError, InputError, RuntimeError, MemoryError) as error:
         status = 1
         if store is None or is_first_to_fail(store):
             report_error(error, settings, world)
@@ -1250,22 +1254,22 @@ def parse_arguments() -> tuple[Settings, AimTracker | TensorBoardTracker | None]
         check_device(settings)
         is_main_process = os.environ.get("RANK", "0") == "0"
         tracker = make_tracker(settings.tracker) if is_main_process else None
-    except ValueError as error:
+    except InputError as error:
         parser.error(str(error))
     return settings, tracker
 
 
 def check_device(settings: Settings) -> None:
-    """Raises ValueError if the device cannot be used."""
+    """Raises InputError if the device cannot be used."""
     if settings.device.startswith("mps") and "WORLD_SIZE" in os.environ:
-        raise ValueError("several processes cannot train with --device mps: use --device cpu")
+        raise InputError("several processes cannot train with --device mps: use --device cpu")
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {settings.device}: torch finds no GPU here; try cpu")
+        raise InputError(f"--device {settings.device}: torch finds no GPU here; try cpu")
     try:
         device = use_device(settings)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {settings.device} cannot be used here: try cpu") from error
+        raise InputError(f"--device {settings.device} cannot be used here: try cpu") from error
 
 
 def run(settings: Settings, tracking: Tracking, rank: int, world: int) -> int:
@@ -1285,7 +1289,10 @@ def run(settings: Settings, tracking: Tracking, rank: int, world: int) -> int:
     if rank == 0:
         describe_start(trainer, tracking)
     if trainer.is_finished() and not trainer.evaluation_is_due():
-        print_already_finished(trainer)
+        if rank == 0:
+            print_notice(
+                f"already at step {trainer.step} of {settings.steps}: raise --steps to train longer"
+            )
         return 0
     if rank == 0 and trainer.step == 0:
         print_losses_to_beat(trainer)
@@ -1302,15 +1309,9 @@ def warn_of_replacement(path: Path) -> None:
     try:
         _, _, metadata = load_model(path)
         details = f" (step {metadata['step']}, validation loss {metadata['val_loss']:.4f})"
-    except (OSError, ValueError, KeyError):
+    except (OSError, InputError, KeyError):
         details = ""
     print_notice(f"this run will replace {path}{details}: name another --model to keep it")
-
-
-def print_already_finished(trainer: Trainer) -> None:
-    if trainer.rank == 0:
-        step, steps = trainer.step, trainer.settings.steps
-        print_notice(f"already at step {step} of {steps}: raise --steps to train longer")
 
 
 def describe_start(trainer: Trainer, tracking: Tracking) -> None:
@@ -1337,13 +1338,13 @@ def open_command(tracking: Tracking) -> str:
 
 
 def print_losses_to_beat(trainer: Trainer) -> None:
-    train_ids, val_ids = trainer.train_ids[-MOST_COUNTED:], trainer.val_ids[:MOST_COUNTED]
+    train_ids, val_ids = trainer.train_ids[-MAX_COUNTED:], trainer.val_ids[:MAX_COUNTED]
     losses = ngram_losses(train_ids, val_ids, trainer.tokenizer.vocab_size)
     names = ("uniform", "unigram", "bigram", "trigram")
     figures = ", ".join(f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=True))
     part = ""
     if trainer.characters > len(train_ids) + len(val_ids):
-        part = f", from {MOST_COUNTED:,} characters of each part"
+        part = f", from {MAX_COUNTED:,} characters of each part"
     print(f"to beat: {figures} (nats/char on the validation text{part})", flush=True)
 
 
@@ -1381,7 +1382,7 @@ def report_error(error: Exception, settings: Settings, world: int) -> None:
         message = "out of memory: raise --accumulate, or lower --batch-size or --context-length"
     elif isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    elif isinstance(error, OSError | ValueError):
+    elif isinstance(error, OSError | InputError):
         message = str(error)
     elif world > 1 or settings.compile:  # another process is gone, or there is no compiler
         message = str(error).partition("\n")[0]
@@ -1401,7 +1402,10 @@ def describe(error: Exception) -> str:
 
 def join_processes(settings: Settings) -> tuple[int, int, dist.Store]:
     """Joins the others. Returns this process's number, how many there are, and a common store."""
-    store, rank, world = next(dist.rendezvous("env://"))
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
+    except ValueError as error:  # a variable that torchrun sets is missing
+        raise InputError(str(error)) from error
     backend = "cpu:gloo,cuda:nccl" if settings.device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return rank, world, store

@@ -615,7 +615,7 @@ def with_a_hook_that_changes_the_output(model: GPT) -> GPT:
     def amplify(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return 99 * output
 
-    model.blocks[1].attention.attention.register_forward_hook(amplify)
+    model.blocks[1].attention.scaled_dot_product.register_forward_hook(amplify)
     return model
 
 
@@ -862,7 +862,7 @@ def test_where_one_candidate_is_left_it_is_the_likeliest(limits):
 # ----------------------------------------------------------------------------------------
 
 DIGEST_LENGTH = 64  # hexadecimal digits
-REFUSAL = r"m\.pth is damaged or is not a model: "
+REFUSAL = r"m\.pth is damaged or is not a model of this code: "
 
 
 def save_small_model(path: Path, model: GPT, **metadata: Any) -> None:
@@ -1038,7 +1038,7 @@ def test_random_damage_of_an_earlier_versions_file_raises_nothing_but_the_refusa
         try:
             load_model(tiny_path)
         except ValueError as error:
-            assert "m.pth is damaged or is not a model: " in str(error)
+            assert "m.pth is damaged or is not a model of this code: " in str(error)
             refused += 1
     assert refused > 500  # the others changed what nobody reads
 
