@@ -628,7 +628,9 @@ class Trainer:
         for optimizer, state in zip(self.optimizers, metadata["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         if self.settings.precision == "auto":
-            self.use_precision(metadata["precision"])
+            # Settings refuses a precision that does not suit the device.
+            self.settings = replace(self.settings, precision=metadata["precision"])
+            self.use_precision(self.settings.precision)
         self.step = metadata["step"]
         self.last_evaluation = metadata["last_evaluation"]
         self.best_val_loss = metadata["best_val_loss"]
