@@ -270,6 +270,7 @@ def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
         raise InputError("--score needs at least two characters: the first is only read")
     ids = tokenizer.encode(text).long().to(model.lm_head.weight.device)  # (T,)
     log_probs = read_logits(model, ids).log_softmax(dim=-1)  # (T, V)
+    # Row t holds the probabilities of character t + 1.
     losses = -log_probs[:-1].gather(1, ids[1:, None]).flatten()  # (T - 1,), in nats
 
     print("character  probability   bits  likeliest")
@@ -280,6 +281,7 @@ def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
     print(f"next: {likeliest(tokenizer, log_probs[-1], 5)}")
 
     loss = losses.mean()
+    # Perplexity, exp(loss): as uncertain as between so many characters that are equally likely.
     print(
         f"loss {loss:.3f} nats, {loss / math.log(2):.2f} bits/char, "
         f"perplexity {loss.exp():.2f} over {len(losses)} characters",
@@ -292,7 +294,8 @@ def read_logits(model: GPT, ids: Tensor) -> Tensor:
     """Computes the scores of what follows each character of a text, `(T,)` to `(T, V)`.
 
     A text that is longer than the context is read in windows that overlap by half, so that the
-    model sees at least half a context before each character.
+    model sees at least half a context before each character. With a context of 8 these are the
+    characters 0 to 7, then 4 to 11, of which 8 to 11 are new, and so on.
     """
     context_length = model.config.context_length
     step = max(1, context_length // 2)

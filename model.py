@@ -1,10 +1,17 @@
 """A GPT-2 style, character-level language model, from scratch. Read it from top to bottom.
 
+The model reads a text and gives, at each position, a score to every character that could come
+next. To write, draw a character by these scores, append it, and read again.
+
+Inside, each character is a vector of C numbers. Blocks change the vectors: attention lets each
+gather from the earlier ones, feed-forward transforms each alone. A last layer turns each vector
+into the scores.
+
 The architecture is GPT-2's: the decoder of "Attention Is All You Need", without the encoder and
 the attention to it, and with the norms moved to the front. The function differs from GPT-2's in
 two things: positions are encoded by fixed sines and cosines instead of learned vectors, and the
-output layer has weights of its own. In training, the embedding begins larger, and attention
-weights are not dropped.
+output layer has weights of its own. In training, the embedding begins larger, and there is no
+dropout on attention weights.
 
 Papers, as cited below:
 
@@ -17,6 +24,7 @@ Sizes, as in the comments at the end of lines:
     B  batch: texts computed side by side      H  attention heads
     T  time: characters of each text           D  channels of a head, C / H
     C  channels: numbers for each character    V  vocabulary: different characters
+    S  source: characters that T characters can look at; more than T where some were read before
 """
 
 import hashlib
@@ -166,8 +174,9 @@ def visible(character: str) -> str:
 
 def code_points(text: str) -> Tensor:
     """Returns `ord` of each character, `(len(text),)`."""
-    # Four bytes a character, after a byte order mark. An argument of a command can contain half of
-    # a surrogate pair; "surrogatepass" lets `encode` name it.
+    # Four bytes a character, after a byte order mark. An argument of a command that is not valid
+    # UTF-8 has characters that UTF-32 refuses. "surrogatepass" lets them through, so that
+    # CharTokenizer.encode can report them as unknown.
     utf32 = text.encode("utf-32", "surrogatepass")
     return torch.frombuffer(bytearray(utf32), dtype=torch.int32)[1:].long()
 
@@ -183,13 +192,18 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
         PE(t, 2i)     = sin(t / 10000^(2i / C))
         PE(t, 2i + 1) = cos(t / 10000^(2i / C))
 
+    Attention adds up vectors, and a sum is the same in any order. So each character's vector
+    gets a second one added that depends on its position alone.
+
     Each pair of channels is the hand of a clock. The first turns once in 2 pi characters, each
-    following one more slowly, the last once in almost 2 pi 10000: so slowly that no two
+    following one more slowly, the last once in almost 2 pi 10000. Fast hands tell neighbors
+    apart, slow ones distant positions. The number 10000 is [V]'s: large enough that no two
     positions of any usual context look the same.
 
     Why a sine and a cosine? Together they make a step of k characters a rotation of each hand
-    by a fixed angle, a linear function that is the same at every position. So a linear layer
-    can learn "three characters back". With the sine alone there is no such function.
+    by a fixed angle, a linear function that is the same at every position: sin(a + b) is
+    cos(b) sin(a) + sin(b) cos(a). So a linear layer can learn "three characters back". With the
+    sine alone there is no such function.
     """
     position = torch.arange(context_length)[:, None]  # (T, 1)
     channel = torch.arange(0, n_embd, 2, dtype=torch.double)  # (C / 2,): 0, 2, 4, ...
@@ -207,19 +221,26 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     """Returns `(T, S)`, True where a query may use a key, for the last T characters of S.
 
     The last query belongs to the last character and may use every key; the query before it may
-    use all keys but the last, and so on. Without a mask the model would see, in training, the
-    character that it has to predict. It would learn to copy that character, and would fail in
-    generation, where it does not exist yet.
+    use all keys but the last, and so on. For T = S = 3:
+
+        1 0 0
+        1 1 0
+        1 1 1
+
+    In training, each position predicts the character after it, all at once, and that character
+    is in the input too, one place later. Without a mask the model would learn to copy it, and
+    would fail in generation, where it does not exist yet.
     """
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
 class Attention(nn.Module):
-    """Scaled dot-product attention, softmax(Q K^T / sqrt(D)) V, [V] section 3.2.1.
+    """Scaled dot-product attention, softmax(Q K^T / sqrt(D)) V, [V] section 3.2.1; V: the values.
 
     Each character asks a question, its query. Each character up to it offers a key, which says
-    what it has, and a value, which is what it gives. The better a key fits the query, the more
-    of its value is taken.
+    what it has, and a value, which is what it gives. All three are vectors of D numbers, which
+    learned linear layers compute from the character's vector. The larger the dot product of a
+    query and a key, the more of the value is taken.
     """
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
@@ -243,21 +264,26 @@ class Attention(nn.Module):
         return scores.softmax(dim=-1)  # (B, H, T, S)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Computes `weights(q, k) @ v`, `(B, H, T, D)`, in one kernel that stores no weights."""
+        """Computes `weights(q, k) @ v`, `(B, H, T, D)`, with one function of torch.
+
+        It is faster than `weights`, which the model does not call, and never holds all weights.
+        """
         T, S = q.size(-2), k.size(-2)
         if T == 1:  # the last character may use every key
             return fused_attention(q, k, v)
-        if T == S:
+        if T == S:  # nothing was read before
             return fused_attention(q, k, v, is_causal=True)
+        # is_causal would align the mask with the first key instead of the last.
         return fused_attention(q, k, v, attn_mask=causal_mask(T, S, q.device))
 
 
 class KVCache:
-    """The keys and values of all characters that one block has read.
+    """The keys and values of all characters that one block has read. Only generation uses it.
 
-    They depend only on a character and those before it, so they never change. With a cache a new
-    character costs the work for one position, with attention to all before it; without one, the
-    work for all positions. Queries are not kept: each is used once, by its own character.
+    Because of the mask they depend only on a character and those before it, so they never
+    change. With a cache a new character costs the work for one position, with attention to all
+    before it; without one, the work for all positions. Queries are not kept: each is used once,
+    by its own character.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
@@ -298,7 +324,8 @@ class MultiHeadAttention(nn.Module):
         H, D = self.n_head, C // self.n_head
 
         # Compute H queries, H keys and H values from each vector.
-        qkv = self.qkv(x).view(B, T, 3 * H, D)
+        qkv = self.qkv(x)  # (B, T, 3 C)
+        qkv = qkv.view(B, T, 3 * H, D)  # each vector cut into 3 H vectors of D numbers
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(k, v)  # those of all characters so far
@@ -306,7 +333,7 @@ class MultiHeadAttention(nn.Module):
         x = self.scaled_dot_product(q, k, v)  # (B, H, T, D)
 
         # Put the heads side by side again, and mix what they have found.
-        x = x.transpose(1, 2).reshape(B, T, C)
+        x = x.transpose(1, 2).reshape(B, T, C)  # from (B, T, H, D)
         return self.output(x)
 
 
@@ -344,15 +371,17 @@ class TransformerBlock(nn.Module):
     Each of the two adds its result to x. Through these sums, the residual connections,
     gradients have a direct path to every layer, and a block has to learn only what to change.
 
-    A LayerNorm gives each vector mean 0 and variance 1, then a learned scale and shift. It
-    comes before the layer, so that nothing stands in the way of the sums; in [V] it comes after
-    the sum. With norms after the sums, the gradients of the last layers are large at the
-    beginning, and training needs a long warm-up (Xiong et al., 2020, section 3,
-    https://arxiv.org/abs/2002.04745).
+    A LayerNorm gives each vector mean 0 and variance 1, then a learned scale and shift, so that
+    attention and feed-forward see inputs of one size, however large x has grown. It is applied
+    to their inputs and not to x, which runs from the embedding to the last norm through
+    additions alone. In [V] the norms come after the sums: then the gradients of the last layers
+    are large at the beginning, and training needs a long warm-up (Xiong et al., 2020, section
+    3, https://arxiv.org/abs/2002.04745).
 
-    Dropout sets random activations to zero in training, so that the model cannot rely on any
-    single one ([V] section 5.4). It can help where a model reads a small text so often that it
-    memorizes it; with the default settings it does not.
+    Dropout sets random activations to zero in training and enlarges the others to make up for
+    it, so that the model cannot rely on any single one ([V] section 5.4). It can help where a
+    model reads a small text so often that it memorizes it; with the default settings it does
+    not.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -384,16 +413,18 @@ class GPT(nn.Module):
         super().__init__()
         V, C = config.vocab_size, config.n_embd
         self.config = config
-        # Allocated without random values: init_weights draws them.
+        # A table with a learned vector for each id: a token, the unit of text, is a character here.
+        # It is allocated without random values, which init_weights draws.
         self.token_embedding = nn.utils.skip_init(nn.Embedding, V, C)
         positions = sinusoidal_encoding(config.context_length, C)
-        self.register_buffer("positions", positions, persistent=False)  # a constant: not saved
+        self.register_buffer("positions", positions, persistent=False)  # a constant, not saved
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
         # x grows with every block: the last norm gives the output layer vectors of one size.
         self.final_norm = nn.LayerNorm(C)
-        # GPT-2 ties this layer to the embedding: both have the same weights. That saves V C
-        # parameters, tens of millions with GPT-2's vocabulary but about 1 % here, and the two
-        # should begin with weights of different sizes: see init_weights.
+        # The scores of the characters. GPT-2 ties this layer to the embedding: both use one tensor
+        # of weights. That saves V C parameters, tens of millions with GPT-2's vocabulary but about
+        # 1 % here, and the two should begin with weights of a different magnitude, standard
+        # deviations of 1 and 0.02: see init_weights.
         self.lm_head = nn.Linear(C, V, bias=False)
         self.init_weights()
 
@@ -402,9 +433,9 @@ class GPT(nn.Module):
         # About as large as the sines and cosines that are added, so that neither hides the other.
         nn.init.normal_(self.token_embedding.weight, std=1.0)
 
-        # The rest as in [GPT-1] section 4.1. The results of 2 n_layer layers are added to x. These
-        # layers begin smaller, by a factor of sqrt(2 n_layer), so that x hardly grows with depth
-        # ([GPT-2] section 2.3).
+        # The rest begin with 0.02, as in [GPT-1] section 4.1. The results of 2 n_layer layers are
+        # added to x, and variances add: so these layers begin smaller by a factor of
+        # sqrt(2 n_layer), and x hardly grows with depth ([GPT-2] section 2.3).
         std = 0.02
         std_before_sum = std / math.sqrt(2 * self.config.n_layer)
         for block in self.blocks:
@@ -428,8 +459,9 @@ class GPT(nn.Module):
 
         Returns:
             The scores, called logits, `(B, T, V)`. A softmax turns them into probabilities. The
-            loss in nats: the mean of -log p(target). It is 0 if every target was certain, and
-            ln V if all characters were equally likely. None without targets.
+            loss in nats, units of the natural logarithm: the mean of -log p(target). It is 0 if
+            every target was certain, and ln V if all characters were equally likely. None
+            without targets.
 
         Raises:
             ValueError: if there are more characters than fit the context.
@@ -454,7 +486,8 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
 
-        # The softmax and -log of the target's probability, computed together for accuracy.
+        # Each of the B T positions is one example for a classifier with V classes. The softmax and
+        # -log of the target's probability are computed together, for accuracy.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -473,8 +506,8 @@ class GPT(nn.Module):
         `temperature`, `top_k` and `top_p` are those of `sample`. `generator`, on the CPU, draws a
         seed for each text, so that a text does not depend on how many are written beside it.
 
-        As long as everything fits the context, the texts are those that reading all characters
-        again for each new one would give.
+        The caches change only the speed: as long as everything fits the context, the texts are
+        the same as without them.
         """
         context_length = self.config.context_length
         seeds = torch.randint(2**62, (ids.size(0),), generator=generator)
@@ -573,7 +606,8 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
 
     Laid end to end, the probabilities of a row divide a line of length 1 into V pieces. The id
     is that of the piece in which the point u, `(B,)`, lies: the number of pieces that end
-    before it.
+    before it. With 0.5, 0.3 and 0.2 the pieces end at 0.5, 0.8 and 1; u = 0.6 gives id 1.
+    (`torch.multinomial` would draw for all texts from one generator.)
     """
     ends = probs.cumsum(dim=-1)  # (B, V)
     point = u[:, None] * ends[:, -1:]  # (B, 1); rounding can make the line's end differ from 1

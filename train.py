@@ -223,10 +223,13 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Brings the singular values of each matrix, `(N, rows, columns)`, close to 1.
 
-    If the matrix is U S V^T, the result is close to U V^T. Each of the five Newton-Schulz steps
-    computes an odd polynomial of the matrix, a x + b x^3 + c x^5, which changes the singular
-    values alone. The coefficients are Jordan's (see `Muon`). They lift small values fast: those
-    of at least 1/500 of the matrix's norm end between 0.68 and 1.2.
+    A singular value is the factor by which a matrix stretches one direction. If the matrix is
+    U S V^T, the result is close to U V^T: the same directions, all about equally strong.
+
+    The exact decomposition would be slow. Each of these five Newton-Schulz steps computes an odd
+    polynomial of the matrix, a x + b x^3 + c x^5, which changes the singular values alone. The
+    coefficients are Jordan's (see `Muon`). They lift small values fast: those of at least 1/500
+    of the matrix's norm end between 0.68 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values at most 1
@@ -302,7 +305,8 @@ def batches_of_one_shape(
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Groups matrices and their updates by shape; no matrix has more rows than columns.
 
-    Those that have more are transposed.
+    Those that have more are transposed: then x x^T is the smaller product, and in both layers of
+    feed-forward a column belongs to a hidden channel.
     """
     batches: dict[torch.Size, tuple[list[Tensor], list[Tensor]]] = {}
     for matrix, update in zip(matrices, updates, strict=True):
@@ -322,9 +326,10 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
     W stands for decoupled weight decay, which is not divided by that size (Loshchilov and Hutter,
     2019, https://arxiv.org/abs/1711.05101).
 
-    The embedding and the output layer are matrices too, but each of their rows belongs to one
-    character. Muon would move the row of a character that hardly occurs in every step, as far as
-    that of "e". With AdamW it soon rests: the average forgets a gradient sooner than the size does.
+    The embedding and the output layer of the model are matrices too, but each of their rows
+    belongs to one character. In the embedding, the gradient of a character that is not in the
+    batch is 0. Muon would enlarge what is left of it in the average; AdamW lets the row rest. For
+    the output layer AdamW is better in practice (Jordan).
 
     Weight decay acts on the matrices of the blocks alone. Norms and biases are few, and an
     embedding should not shrink because its character is rare.
@@ -332,7 +337,7 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
     qkv, others = [], []
     for block in model.blocks:
         qkv.append(block.attention.qkv.weight)
-        others.append(block.attention.output.weight)
+        others.append(block.attention.output.weight)  # of the block, not of the model
         others.append(block.feed_forward.expand.weight)
         others.append(block.feed_forward.contract.weight)
     ids_of_matrices = {id(p) for p in qkv + others}
@@ -388,7 +393,7 @@ class Trainer:
 
         if settings.resume and settings.checkpoint.exists():
             self.load_checkpoint()
-        self.parallel_model = self.make_parallel_model()
+        self.parallel_model = self.make_parallel_model()  # of one process, the model itself
         if rank == 0:
             check_directory_is_writable(settings.model.parent)
 
@@ -494,6 +499,7 @@ class Trainer:
             is_last = i == len(micro_batches) - 1
             with self.averaging_gradients(is_last):
                 with self.autocast:
+                    # The target of each character is the one after it: T predictions a window.
                     _, loss = self.parallel_model(rows[:, :-1], rows[:, 1:])
                 loss = loss / len(micro_batches)
                 loss.backward()
@@ -519,7 +525,10 @@ class Trainer:
         return self.loss
 
     def averaging_gradients(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """Lets several processes average their gradients once a step, with its last part."""
+        """Lets several processes average their gradients once a step, after its last part.
+
+        Before that, each adds up its own. With one process this does nothing.
+        """
         if self.world == 1 or is_last:
             return contextlib.nullcontext()
         return self.parallel_model.no_sync()
