@@ -419,7 +419,7 @@ class GPT(nn.Module):
         positions = sinusoidal_encoding(config.context_length, C)
         self.register_buffer("positions", positions, persistent=False)  # a constant, not saved
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
-        # x grows with every block: the last norm gives the output layer vectors of one size.
+        # In training x comes to grow with every block: the last norm brings it to one size again.
         self.final_norm = nn.LayerNorm(C)
         # The scores of the characters. GPT-2 ties this layer to the embedding: both use one tensor
         # of weights. That saves V C parameters, tens of millions with GPT-2's vocabulary but about
@@ -435,7 +435,7 @@ class GPT(nn.Module):
 
         # The rest begin with 0.02, as in [GPT-1] section 4.1. The results of 2 n_layer layers are
         # added to x, and variances add: so these layers begin smaller by a factor of
-        # sqrt(2 n_layer), and x hardly grows with depth ([GPT-2] section 2.3).
+        # sqrt(2 n_layer), and at first x hardly grows with depth ([GPT-2] section 2.3).
         std = 0.02
         std_before_sum = std / math.sqrt(2 * self.config.n_layer)
         for block in self.blocks:
@@ -473,8 +473,9 @@ class GPT(nn.Module):
                 f"{start + T} characters do not fit a context of {self.config.context_length}"
             )
 
-        # What each character is, plus where it stands. The sum keeps both: positions differ almost
-        # only in a fifth of all directions, which the embedding learns to use less than others.
+        # What each character is, plus where it stands. The sum keeps both: with the default sizes
+        # the vectors of all positions lie almost in a subspace of C / 5 dimensions, which the
+        # embedding learns to use less than the others.
         x = self.token_embedding(ids) + self.positions[start : start + T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
 

@@ -105,7 +105,8 @@ class Settings:
     )
     # The best of several from 0.006 to 0.03. For AdamW a tenth of it is usual.
     learning_rate: float = setting(0.014, "the highest rate; --optimizer adamw uses a tenth", 0)
-    # Muon averages about 10 gradients: the first averages hold fewer, so their steps are small.
+    # Muon averages about 10 gradients. The first averages hold fewer and are noisier, but its steps
+    # would be just as large: so the rate begins low.
     warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
     # On the sample 0.4 gave 1.442, 0.3 gave 1.450; on the books they differ by less than 0.003.
     weight_decay: float = setting(0.4, "how strongly the matrices are pulled toward zero", 0)
@@ -227,8 +228,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     U S V^T, the result is close to U V^T: the same directions, all about equally strong.
 
     The exact decomposition would be slow. Each of these five Newton-Schulz steps computes an odd
-    polynomial of the matrix, a x + b x^3 + c x^5, which changes the singular values alone. The
-    coefficients are Jordan's (see `Muon`). They lift small values fast: those of at least 1/500
+    polynomial of the matrix, a x + b x^3 + c x^5, where x^3 stands for x x^T x. It leaves U and V
+    as they are, and makes a s + b s^3 + c s^5 of each singular value s. The coefficients are
+    Jordan's (see `Muon`). They lift small values fast: those of at least 1/500
     of the matrix's norm end between 0.68 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -252,7 +254,8 @@ class Muon(torch.optim.Optimizer):
     processor computes in bfloat16, and takes 40 times as long on a CPU that does not.
 
     Each group of parameters has `lr`, `momentum`, `weight_decay`, and `stacked`: the number of
-    matrices that are stacked one above the other in each parameter.
+    matrices that are stacked one above the other in each parameter, such as those for queries,
+    keys and values. Each of them is orthogonalized alone.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -267,7 +270,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 update = self.momentum_update(p, group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                matrices += p.chunk(group["stacked"])
+                matrices += p.chunk(group["stacked"])  # views: to change them is to change p
                 updates += update.chunk(group["stacked"])
             # One product of many matrices is faster than many products.
             for matrix_batch, update_batch in batches_of_one_shape(matrices, updates):
@@ -287,9 +290,10 @@ class Muon(torch.optim.Optimizer):
         """Moves matrices of one shape, none of which has more rows than columns."""
         x = orthogonalize(torch.stack(updates))  # (N, rows, columns)
 
-        # Make all columns equally long. In the feed-forward layers a column holds the weights of
-        # one of the 4 C hidden channels. NorMuon does the same for the rows of each matrix, the
-        # outputs of its layer, with running averages.
+        # Make all columns equally long, so that no channel moves faster than others. In the
+        # feed-forward layers a column holds the weights of one of the 4 C hidden channels. NorMuon
+        # does the same for the rows of each matrix, the outputs of its layer, with running
+        # averages.
         x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
 
         # Elements of a typical size of 0.2, as in AdamW's updates, so that one learning rate
@@ -513,6 +517,7 @@ class Trainer:
             self.model.parameters(), self.settings.grad_clip
         )
 
+        # Muon's steps are scaled to the size of AdamW's, so that one rate serves both.
         learning_rate = self.learning_rate(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
