@@ -566,6 +566,7 @@ class Trainer:
 
         Raises InputError if training has diverged.
         """
+        self.check_loss_is_finite()
         self.model.eval()
         losses = {}
         for part, windows in self.eval_windows.items():
