@@ -103,7 +103,8 @@ class Settings:
     optimizer: str = setting(
         "muon", "the optimizer of the blocks' matrices", choices=("muon", "adamw")
     )
-    # The best of several from 0.006 to 0.03. For AdamW a tenth of it is usual.
+    # The best of several from 0.006 to 0.03, for Muon and for AdamW beside it. Where AdamW moves
+    # the matrices too, a tenth of it is usual.
     learning_rate: float = setting(0.014, "the highest rate; --optimizer adamw uses a tenth", 0)
     # Muon averages about 10 gradients. The first averages hold fewer and are noisier, but its steps
     # would be just as large: so the rate begins low.
@@ -229,9 +230,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
     The exact decomposition would be slow. Each of these five Newton-Schulz steps computes an odd
     polynomial of the matrix, a x + b x^3 + c x^5, where x^3 stands for x x^T x. It leaves U and V
-    as they are, and makes a s + b s^3 + c s^5 of each singular value s. The coefficients are
-    Jordan's (see `Muon`). They lift small values fast: those of at least 1/500
-    of the matrix's norm end between 0.68 and 1.2.
+    as they are, and turns each singular value s into a s + b s^3 + c s^5. The coefficients are
+    Jordan's (see `Muon`). They lift small values fast: those of at least 1/500 of the matrix's
+    norm end between 0.68 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values at most 1
@@ -1058,7 +1059,6 @@ def run_name(settings: Settings) -> str:
 # ----------------------------------------------------------------------------------------
 # The loop
 # ----------------------------------------------------------------------------------------
-
 
 LOSS_INTERVAL = 10  # steps between readings of the loss of a batch
 
