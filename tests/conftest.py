@@ -86,6 +86,13 @@ class Project:
             assert "Traceback" not in done.stderr
         return done
 
+    def run_with_closed(
+        self, stream: str, script: str, *flags: object
+    ) -> subprocess.CompletedProcess:
+        """Runs a script whose standard output ("1") or standard error ("2") is closed."""
+        command = " ".join(["exec", *self.command(script, *flags), f"{stream}>&-"])
+        return subprocess.run(command, shell=True, capture_output=True, text=True)
+
     def train(self, *flags: object, status: int = 0) -> subprocess.CompletedProcess:
         """Trains the small model, without a tracker."""
         return self.run("train.py", "--tracker=none", *SMALL_RUN, *flags, status=status)

@@ -1231,6 +1231,13 @@ def test_the_home_folder_can_be_written_as_a_tilde(monkeypatch, tmp_path):
     assert user_path("models/~m.pth") == Path("models/~m.pth")
 
 
+def test_a_path_may_be_a_string(path):
+    model = small_model(n_layer=1, n_embd=4)
+    save_small_model(str(path), model)
+    loaded, _, _ = load_model(str(path))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
 def test_a_model_with_a_tied_output_layer_can_be_saved_and_loaded(path):
     model = small_model(n_layer=1, n_embd=4, vocab_size=300)
     model.lm_head.weight = model.token_embedding.weight

@@ -85,8 +85,7 @@ def test_a_full_disk_is_an_error(trained):
 
 
 def test_closed_standard_output_is_no_error(trained):
-    command = " ".join(["exec", *trained.command("show_params.py"), ">&-"])
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    done = trained.run_with_closed("1", "show_params.py")
     assert done.returncode == 0
     assert done.stderr == ""
 

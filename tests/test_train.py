@@ -382,10 +382,7 @@ def test_muon_splits_exactly_queries_keys_and_values(project):
 def test_the_learning_rate_rises_and_then_falls_to_zero(project, optimizer, share):
     settings = small_settings(project, steps=100, warmup_steps=10, optimizer=optimizer)
     trainer = Trainer(settings)
-    rates = []
-    for step in range(101):
-        trainer.step = step
-        rates.append(trainer.learning_rate(trainer.step))
+    rates = [trainer.learning_rate(step) for step in range(101)]
     assert all(a < b for a, b in pairwise(rates[:11]))
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert 0.8 < max(rates) / (share * settings.learning_rate) <= 1
@@ -895,10 +892,9 @@ def test_of_a_text_elsewhere_only_the_name_is_remembered(tmp_path):
 
 
 def test_closed_standard_error_is_no_error(project):
-    command = project.command("train.py", "--tracker=none", *SMALL_RUN)
-    done = subprocess.run(" ".join(["exec", *command, "2>&-"]), shell=True, capture_output=True)
+    done = project.run_with_closed("2", "train.py", "--tracker=none", *SMALL_RUN)
     assert done.returncode == 0
-    assert len(evaluations(done.stdout.decode())) == 3
+    assert len(evaluations(done.stdout)) == 3
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "models"])
