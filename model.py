@@ -414,8 +414,7 @@ class GPT(nn.Module):
         V, C = config.vocab_size, config.n_embd
         self.config = config
         # A table with a learned vector for each id: a token, the unit of text, is a character here.
-        # It is allocated without random values, which init_weights draws.
-        self.token_embedding = nn.utils.skip_init(nn.Embedding, V, C)
+        self.token_embedding = nn.Embedding(V, C)
         positions = sinusoidal_encoding(config.context_length, C)
         self.register_buffer("positions", positions, persistent=False)  # a constant, not saved
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
