@@ -1,156 +1,84 @@
 #!/usr/bin/env bash
 #
-# Join the books in data/books into one text, data/scifi.txt, with a blank line between two books.
-# Downloaded books come first, by number. Texts of your own follow, by name.
+# Join the books of a folder into one text, with a blank line between two books:
 #
-# Runs on bash 3.2 with the tools of macOS as well as on Linux.
+#     bash bin/concatenate.sh [BOOKS_DIR [OUTPUT_FILE]]
+#
+# The default is data/books into data/scifi.txt. Runs on bash 3.2 with the tools of macOS too.
 
 set -euo pipefail
-export LC_ALL=C # Tools treat text as bytes, and sort it in the same order everywhere.
+shopt -s nullglob nocaseglob # *.txt matches B.TXT too, and is left out where it matches nothing
+export LC_ALL=C              # the same order everywhere; the tools treat text as bytes
+unset CDPATH                 # cd goes to the folder that is named, and prints nothing
 
-usage='usage: bash bin/concatenate.sh [BOOKS_DIR [OUTPUT_FILE]]'
-
-# fail STATUS MESSAGE
 fail() {
-    printf 'error: %s\n' "$2" >&2
-    exit "$1"
+    printf 'error: %s\n' "$1" >&2
+    exit 1
 }
 
-# Set the array `books` to the files to join.
-find_books() {
-    local book name
-    local numbered=()
-    local own=()
-    books=()
-
-    for book in "$folder"/*.txt; do
-        # Skip subfolders, and an earlier result that was written among the books.
-        if [ ! -f "$book" ] || [ "$book" -ef "$output" ]; then
-            continue
-        fi
-        name=${book##*/}
-        if [[ $name =~ ^[0-9]+- ]]; then
-            numbered+=("$name")
-        else
-            own+=("$book")
-        fi
-    done
-
-    # bash 3.2 rejects "${array[@]}" of an empty array.
-    if [ ${#numbered[@]} -gt 0 ]; then
-        while IFS= read -r name; do
-            books+=("$folder/$name")
-        done < <(printf '%s\n' "${numbered[@]}" | sort -n)
-    fi
-    if [ ${#own[@]} -gt 0 ]; then
-        books+=("${own[@]}")
-    fi
-}
-
-# Refuse a book that is not UTF-8, and tell how to convert it.
-check_encoding() {
-    local book=$1
-    local start nul_bytes encoding quoted converted
-
-    [ -r "$book" ] || fail 1 "$book cannot be read"
-    start=$(od -An -tx1 -N4 "$book" | tr -d ' \n')
-    nul_bytes=$(tr -cd '\000' <"$book" | wc -c)
-    # UTF-16 without a byte order mark can be valid UTF-8 with many NUL bytes.
-    if [ "$nul_bytes" -eq 0 ] && iconv -f UTF-8 -t UTF-8 "$book" >/dev/null 2>&1; then
-        return
-    fi
-
-    # Guess the encoding from the first bytes.
-    case $start in
-        fffe0000 | 0000feff) encoding=UTF-32 ;;
-        fffe* | feff*) encoding=UTF-16 ;;
-        00*) encoding=UTF-16BE ;;
-        *) encoding=WINDOWS-1252 ;;
-    esac
-    if [ "$encoding" = WINDOWS-1252 ] && [ "$nul_bytes" -gt 0 ]; then
-        encoding=UTF-16LE
-    fi
-    quoted=$(printf '%q' "$book")
-    converted=$(printf '%q' "$book.utf8")
-    fail 1 "$book is not UTF-8. It looks like $encoding; if it is, convert it with: \
-iconv -f $encoding -t UTF-8 $quoted > $converted && mv $converted $quoted"
-}
-
-# Print a book in UTF-8 without byte order marks, with every line ended by a line feed.
-print_book() {
-    local byte_order_mark=$'\xef\xbb\xbf'
-    local carriage_return=$'\r'
-
-    # The carriage returns that remain after sed are line ends of their own, as on an old Mac.
-    # awk adds the line feed that the last line may lack.
-    sed -e "s/$byte_order_mark//g" -e "s/$carriage_return*\$//" <"$1" | tr '\r' '\n' | awk 1
-}
-
-print_all_books() {
-    local book
-    local is_first=yes
-
-    for book in "${books[@]}"; do
-        if [ "$is_first" = no ]; then
-            echo || return
-        fi
-        is_first=no
-        print_book "$book" || return
-    done
-}
-
-# ---- Arguments
-
-if [ "${1-}" = -h ] || [ "${1-}" = --help ]; then
-    printf '%s\n' "$usage"
-    printf 'Join BOOKS_DIR/*.txt (default: data/books) into OUTPUT_FILE (default: data/scifi.txt).\n'
-    exit
+if [ $# -gt 2 ] || [[ ${1-} == -* ]]; then
+    echo 'usage: bash bin/concatenate.sh [BOOKS_DIR [OUTPUT_FILE]]' >&2
+    exit 2
 fi
-[ $# -le 2 ] || fail 2 "$# arguments are too many; $usage"
-
-data=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)/data
+data=$(cd "$(dirname "$0")/../data" && pwd)
 folder=${1-$data/books}
 output=${2-$data/scifi.txt}
-if [ -z "$folder" ] || [ -z "$output" ]; then
-    fail 2 "the name of a file or folder is empty; $usage"
+# With ./ in front, awk does not take the name x=1/a.txt for an assignment.
+if [[ $folder != /* ]]; then
+    folder=./$folder
+fi
+if [ -d "$output" ]; then
+    fail "$output is a folder; name the file to write"
 fi
 
-# With ./ in front, no tool takes a name such as -n for an option.
-case $folder in /*) ;; *) folder=./$folder ;; esac
-case $output in /*) ;; *) output=./$output ;; esac
+# Downloaded books come first, by number. Texts of your own follow, by name.
+books=()
+while IFS= read -r name; do
+    book=$folder/$name
+    if [ -f "$book" ] && [ ! "$book" -ef "$output" ]; then
+        books+=("$book")
+    fi
+done < <(
+    cd "$folder" 2>/dev/null || exit
+    printf '%s\n' [0-9]*.txt | sort -n
+    printf '%s\n' [!0-9]*.txt
+)
 
-# ---- Checks, before anything is written
-
-if [ -e "$output" ] && [ ! -f "$output" ]; then
-    fail 1 "$output is not a file; name the file to write"
-fi
-[ -d "$(dirname "$output")" ] || fail 1 "the folder of $output does not exist; create it first"
-command -v iconv >/dev/null || fail 1 "the program iconv is missing; install it first"
-
-shopt -s nullglob
-find_books
 if [ ${#books[@]} -eq 0 ]; then
-    fail 1 "there are no books in $folder; run python bin/download.py first. \
-(python train.py works without them, on the bundled data/sample.txt.)"
+    fail "there are no books in $folder; run python bin/download.py first \
+(python train.py works without them, on data/sample.txt)"
 fi
+
+# Nothing is converted here, because a wrong guess of an encoding destroys a text.
 for book in "${books[@]}"; do
-    check_encoding "$book"
+    nul_bytes=$(tr -cd '\000' <"$book" | wc -c)
+    if [ "$nul_bytes" -gt 0 ]; then
+        fail "$book has NUL bytes: it is not text, or it is UTF-16; convert or remove it"
+    fi
+    if ! iconv -f UTF-8 -t UTF-8 <"$book" >/dev/null 2>&1; then
+        quoted=$(printf '%q' "$book")
+        fail "$book is not UTF-8. Find out its encoding (a text editor shows it), and convert it: \
+iconv -f ENCODING -t UTF-8 $quoted > $quoted.utf8 (if that reads well, put it in the book's place)"
+    fi
 done
 
-# ---- Join the books into a temporary file, and give it its name when it is complete
-
-temporary=$output.$$.part
+# The output gets its name only when it is complete.
+temporary=$output.part
 trap 'rm -f -- "$temporary"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+awk '
+    FNR == 1 && NR > 1 { print "" }  # the blank line between two books
+    {
+        gsub(/\357\273\277/, "")  # byte order marks
+        sub(/\r+$/, "")           # Windows ends a line with \r\n,
+        gsub(/\r/, "\n")          # an old Mac with \r
+        print                     # with the line end that a last line may lack
+    }
+' "${books[@]}" >"$temporary"
+mv -f -- "$temporary" "$output"
 
-if ! { print_all_books >"$temporary"; } 2>/dev/null; then
-    fail 1 "cannot write $temporary: is the disk full, or its folder write-protected?"
+printf '%s: %d books, %d bytes\n' "$output" ${#books[@]} "$(wc -c <"$output")" >&2
+next='python train.py'
+if [ $# -eq 2 ]; then
+    next="$next --data $(printf '%q' "$output")"
 fi
-if ! mv -f -- "$temporary" "$output" 2>/dev/null; then
-    fail 1 "cannot replace $output: is its folder write-protected?"
-fi
-
-bytes=$(wc -c <"$output")
-printf '%s: %d books, %d bytes\n' "$output" "${#books[@]}" "$bytes" >&2
-printf 'Next: python train.py\n' >&2
+printf 'next: %s\n' "$next" >&2
