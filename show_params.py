@@ -1,12 +1,12 @@
 """Shows what a trained model consists of: every parameter tensor and its meaning."""
 
 import argparse
-import signal
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from model import GPT, MODEL_PATH, CharTokenizer, InputError, load_model, prepare_output, user_path
+from model import GPT, MODEL_PATH, CharTokenizer, InputError, load_model, use_utf8
 
 # What each kind of tensor does, by the end of its name.
 MEANINGS = {
@@ -26,25 +26,23 @@ MEANINGS = {
 
 
 def main() -> None:
-    prepare_output()
+    use_utf8()
     parser = argparse.ArgumentParser(
         usage="python show_params.py [--model FILE]",
         description="Shows the parameters of a trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", type=user_path, default=MODEL_PATH, help="the file that train.py has saved"
+        "--model", type=Path, default=MODEL_PATH, help="the file that train.py has saved"
     )
     args = parser.parse_args()
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader of the output may stop early
     try:
         model, tokenizer, metadata = load_model(args.model)
         show_parameters(model)
         show_meanings(model)
         show_settings(model, tokenizer, metadata)
     except FileNotFoundError:
-        sys.exit(f"error: there is no model {args.model}: train one with python train.py")
+        sys.exit(f"error: there is no {args.model}: to train a model, run python train.py")
     except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
 
@@ -56,7 +54,7 @@ def show_parameters(model: GPT) -> None:
     for name, p in parameters.items():
         mean, std = p.mean().item(), p.std(correction=0).item()
         print(f"{name:{width}}  {tuple(p.shape)!s:>14}  {p.numel():12,}  {mean:8.4f}  {std:8.4f}")
-    print(f"{'total':{width}}  {'':14}  {model.config.parameter_count:12,}")
+    print(f"{'total':{width}}  {'':14}  {model.count_parameters():12,}")
 
 
 def show_meanings(model: GPT) -> None:
@@ -69,13 +67,10 @@ def show_meanings(model: GPT) -> None:
 
 def show_settings(model: GPT, tokenizer: CharTokenizer, metadata: dict[str, Any]) -> None:
     print()
-    for name, value in {**asdict(model.config), **metadata}.items():
-        if isinstance(value, int | float):  # a checkpoint has more, for --resume
-            print(f"{name}: {value:.10g}")
-        elif name == "text":
-            print(f"{name}: {value}")
+    for name, value in asdict(model.config).items():
+        print(f"{name}: {value}")
+    print(f"step: {metadata['step']}")
     print(f"known characters: {tokenizer.describe()}")
-    print(end="", flush=True)  # raises OSError now if the disk is full
 
 
 if __name__ == "__main__":
