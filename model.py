@@ -57,7 +57,7 @@ class GPTConfig:
 
     vocab_size: int
     context_length: int = 128  # the characters that the model sees at once
-    n_layer: int = 4  # blocks
+    n_layer: int = 3  # blocks
     n_head: int = 4  # attention heads in each block
     n_embd: int = 128  # channels
     dropout: float = 0.0  # the probability that an activation is set to zero in training

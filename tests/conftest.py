@@ -38,6 +38,10 @@ SMALL_RUN = [
 ]
 
 
+# On Windows there are no such signals, no torchrun, and no bash but with Git.
+posix_only = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX system")
+
+
 class Project:
     """A copy of the scripts with a text, in a directory of its own, used by commands."""
 

@@ -6,7 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import posix_only
 
+pytestmark = posix_only
 SCRIPT = Path(__file__).resolve().parent.parent / "bin/concatenate.sh"
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import Project
+from conftest import Project, posix_only
 
 import inference
 from inference import attention_weights, read_logits
@@ -111,6 +111,7 @@ def test_text_appears_while_it_is_generated(trained):
         process.kill()
 
 
+@posix_only
 def test_a_reader_that_leaves_ends_it_quietly(trained):
     with start(trained, "--prompt=we", MANY) as process:
         process.stdout.read(10)
@@ -145,7 +146,7 @@ def test_an_unknown_character_does_not_end_the_session(trained, monkeypatch):
     assert len(re.findall("^error: the character .* which is: .* a d e", done.stderr, re.M)) == 2
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+@posix_only
 def test_ctrl_c_stops_a_text_and_the_end_of_input_ends_the_session(trained):
     with start(trained, "--interactive", MANY) as process:
         process.stdin.write(b"we went\nthe star\n")
@@ -161,7 +162,7 @@ def test_ctrl_c_stops_a_text_and_the_end_of_input_ends_the_session(trained):
     assert b"\nthe star" in output
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+@posix_only
 def test_ctrl_c_ends_it_quietly(trained):
     with start(trained, "--prompt=we", MANY) as process:
         process.stdout.read(10)
@@ -287,7 +288,7 @@ def test_a_wrong_flag_is_an_error_with_status_2_that_names_it(trained, flag):
 
 WRONG_INPUT = [
     (["--model=none.pth"], "there is no none.pth: to train a model, run python train.py"),
-    (["--model=."], "directory"),
+    (["--model=."], "'.'"),
     (["--model=train.py"], "not a model of this project"),
     (["--device=toaster"], "--device toaster"),
     (["--prompt=the #"], "'#' is not in the vocabulary of the model, which is: "),

@@ -43,7 +43,7 @@ def required_packages(system: str, version: str) -> dict[str, Requirement]:
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_aim_is_installed_where_it_has_packages_and_tensorboard_elsewhere(system, version):
     tracker = "aim" if (system, version) in WITH_AIM else "tensorboard"
-    always = {"torch", "numpy", "requests", "urllib3", "tqdm"}
+    always = {"torch", "numpy", "matplotlib", "requests", "urllib3", "tqdm"}
     assert required_packages(system, version).keys() == always | {tracker}
 
 
