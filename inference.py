@@ -35,6 +35,8 @@ prompt = "The machine stood in the middle of the"  # edit this
 def main() -> None:
     use_utf8()
     args = parse_arguments()
+    if not args.model.exists():
+        sys.exit(f"error: there is no {args.model}: to train a model, run python train.py")
     try:
         model, tokenizer, _ = load_model(args.model, find_device(args.device))
         if args.interactive:
@@ -49,8 +51,6 @@ def main() -> None:
         sys.exit(130)  # as a shell reports an end by Ctrl-C
     except BrokenPipeError:  # for example from head, which reads only the beginning
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except FileNotFoundError as error:
-        sys.exit(f"error: there is no {error.filename}: to train a model, run python train.py")
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: lower --num-samples, or score a shorter text")
     except (OSError, InputError) as error:
@@ -95,6 +95,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--top-p must be above 0 and at most 1")
     if args.num_samples < 1:
         parser.error("--num-samples must be at least 1")
+    if args.interactive and (args.score is not None or args.attention is not None):
+        parser.error("--interactive cannot be combined with --score or --attention")
     return args
 
 

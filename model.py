@@ -425,8 +425,8 @@ class GPT(nn.Module):
             next_ids = sample(logits[:, -1])  # (B,)
             ids = torch.cat([ids, next_ids[:, None]], dim=1)  # (B, T + 1)
 
-        This method does the same, but the blocks remember what they have computed of the earlier
-        characters (see `KVCache`), so that only the new one has to be read.
+        Until the context is full, this method does the same, but the blocks remember what they have
+        computed of the earlier characters (see `KVCache`), so that only the new one has to be read.
 
         `temperature`, `top_k`, `top_p` and `generator` are those of `sample`.
         """
@@ -619,7 +619,8 @@ def load_model(
     try:
         model.load_state_dict(content["weights"])
     except RuntimeError as error:
-        raise InputError(f"{path} was trained with another model.py: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} was trained with another model.py: {reason}") from error
     return model.to(device).eval(), tokenizer, content["metadata"]
 
 

@@ -82,7 +82,7 @@ class Settings:
     data: Path = setting(BOOKS if BOOKS.exists() else SAMPLE, "the text to learn from, in UTF-8")
     model: Path = setting(MODEL_PATH, "the file for the best model")
     resume: bool = setting(
-        False, "continue from the last checkpoint of this machine, which is beside the model"
+        False, "continue from the checkpoint beside the model, on the machine that made it"
     )
 
     # The amount of work
@@ -175,7 +175,7 @@ def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     if min(val_length, len(ids) - val_length) < window:
         raise InputError(
             f"{settings.data} is too short: it has {len(ids)} characters, and both the part to "
-            f"learn from and the {settings.val_fraction:.0%} held out must have {window}"
+            f"learn from and the {settings.val_fraction:.1%} held out must have {window}"
         )
     return ids[:-val_length], ids[-val_length:]
 
@@ -191,6 +191,294 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
     stride = max(context_length, (len(ids) - context_length - 1) // count)
     starts = range(0, len(ids) - context_length, stride)[:count]
     return torch.stack([ids[start : start + context_length + 1] for start in starts])
+
+
+# ----------------------------------------------------------------------------------------
+# Trainer
+# ----------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A model, its optimizers and the text, in process `rank` of `world` processes.
+
+    Raises OSError if a file cannot be read or written, InputError if a file or a setting is
+    wrong.
+    """
+
+    def __init__(self, settings: Settings, rank: int = 0, world: int = 1) -> None:
+        self.settings = settings
+        self.rank = rank
+        self.world = world
+        self.device = find_device(settings.device)
+        self.precision = choose_precision(settings, self.device)
+        # Inside this context, matrix products are computed in bfloat16 if that is the precision.
+        self.autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+        # The windows that this process computes at once
+        shares = world * settings.accumulate
+        if settings.batch_size % shares != 0:
+            raise InputError(
+                f"--batch-size {settings.batch_size} must be a multiple of "
+                f"{world} (processes) x {settings.accumulate} (--accumulate)"
+            )
+        self.micro_batch_size = settings.batch_size // shares
+
+        # The text
+        text = read_text(settings.data)
+        self.tokenizer = CharTokenizer.from_text(text)
+        self.train_ids, self.val_ids = split_text(self.tokenizer.encode(text), settings)
+        T = settings.context_length
+        self.eval_windows = {
+            "train": evaluation_windows(self.train_ids, T, EVAL_WINDOWS),
+            "val": evaluation_windows(self.val_ids, T, EVAL_WINDOWS),
+        }
+
+        # The model
+        torch.manual_seed(self.make_seed())  # all processes begin with the same weights
+        config = GPTConfig(
+            vocab_size=self.tokenizer.vocab_size,
+            context_length=settings.context_length,
+            n_layer=settings.n_layer,
+            n_head=settings.n_head,
+            n_embd=settings.n_embd,
+            dropout=settings.dropout,
+        )
+        self.model = GPT(config).to(self.device)
+        self.compiled_model = torch.compile(self.model) if settings.compile else self.model
+        self.optimizers = make_optimizers(self.model, settings)
+
+        # The state of the run
+        self.step = 0  # steps done
+        self.grad_norm = torch.zeros(())  # of the last step
+        self.best_val_loss = math.inf
+        self.log: list[dict[str, float]] = []  # a row for each evaluation
+
+        # What a resumed run must have in common with the run that it continues
+        self.fixed_settings = {
+            "text": hashlib.sha256(text.encode()).hexdigest(),
+            **asdict(config),
+            "optimizer": settings.optimizer,
+            "val_fraction": settings.val_fraction,
+        }
+        if rank == 0:
+            check_outputs(settings)
+        self.is_resumed = settings.resume and settings.checkpoint.exists()
+        if self.is_resumed:
+            self.load_checkpoint()
+
+    # The randomness of a step depends on the seed and the step alone, so a resumed run draws
+    # what the uninterrupted one would have drawn.
+
+    def make_seed(self, *numbers: int) -> int:
+        """Makes a seed of 32 bits, as torch's CPU generator uses, from the run's and these."""
+        digest = hashlib.sha256(repr((self.settings.seed, *numbers)).encode()).hexdigest()
+        return int(digest[:8], 16)
+
+    def get_batch(self) -> Tensor:
+        """Draws the windows of this process, `(B, T + 1)`, each anywhere in the training part."""
+        generator = torch.Generator().manual_seed(self.make_seed(self.step))
+        window = self.settings.context_length + 1
+        places = len(self.train_ids) - window + 1
+        starts = torch.randint(places, (self.settings.batch_size,), generator=generator)
+        own_starts = starts.chunk(self.world)[self.rank].tolist()
+        rows = torch.stack([self.train_ids[start : start + window] for start in own_starts])
+        return rows.to(self.device)
+
+    def train_step(self) -> Tensor:
+        """Does one step. Returns the loss as a tensor: reading its value waits for the device."""
+        self.model.train()
+        batch = self.get_batch()
+        torch.manual_seed(self.make_seed(self.step, self.rank))  # for dropout
+
+        # Compute the gradients. Those of all parts of the batch add up.
+        total_loss = torch.zeros((), device=self.device)
+        for rows in batch.split(self.micro_batch_size):
+            with self.autocast:
+                # The target of each character is the one after it: T predictions a window.
+                _, loss = self.compiled_model(rows[:, :-1], rows[:, 1:])
+            loss = loss / self.settings.accumulate
+            loss.backward()
+            total_loss += loss.detach()
+        if self.world > 1:
+            self.average_gradients()
+
+        # Reduce a gradient that is unusually large (Pascanu et al., 2013, section 3.2,
+        # https://arxiv.org/abs/1211.5063). Both optimizers limit the size of a step, but such a
+        # gradient would dominate their averages for many steps.
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.settings.grad_clip
+        )
+
+        # Move the weights.
+        learning_rate = self.learning_rate(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            with self.autocast:  # Muon has products
+                optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return total_loss
+
+    def average_gradients(self) -> None:
+        """Gives all processes the mean of their gradients, so that their weights stay equal."""
+        for p in self.model.parameters():
+            dist.all_reduce(p.grad)  # the sum
+            p.grad /= self.world
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step, the first of which is step 0.
+
+        It rises while the optimizers' averages fill, then falls in a straight line to zero:
+        with ever smaller steps the noise of the batches averages out.
+        """
+        settings = self.settings
+        warmup = min(1, (step + 1) / (settings.warmup_steps + 1))
+        return settings.learning_rate * warmup * (1 - step / settings.steps)
+
+    def is_finished(self) -> bool:
+        return self.step >= self.settings.steps
+
+    def evaluation_is_due(self) -> bool:
+        """True in process 0 at every `eval_interval` steps and at the end, once."""
+        if self.rank != 0 or (self.log and self.log[-1]["step"] == self.step):
+            return False
+        return self.step % self.settings.eval_interval == 0 or self.is_finished()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Computes the mean losses, in nats, of fixed windows of both parts of the text.
+
+        Adds a row to the log, and returns it. Raises FloatingPointError if training has diverged.
+        """
+        self.model.eval()
+        losses = {}
+        for part, windows in self.eval_windows.items():
+            total = torch.zeros((), device=self.device)
+            for rows in windows.to(self.device).split(self.micro_batch_size):
+                with self.autocast:
+                    _, loss = self.model(rows[:, :-1], rows[:, 1:])
+                total += loss * len(rows)
+            losses[part] = total.item() / len(windows)
+
+        if not math.isfinite(losses["val"]):
+            raise FloatingPointError(
+                f"step {self.step}: the validation loss is {losses['val']}; lower --learning-rate"
+            )
+        row = {
+            "step": self.step,
+            "train_loss": losses["train"],
+            "val_loss": losses["val"],
+            "learning_rate": self.learning_rate(self.step - 1),  # of the last step
+            "gradient_norm": self.grad_norm.item(),
+        }
+        self.log.append(row)
+        return row
+
+    def save(self) -> None:
+        """Saves what `resume` needs, and the model if its validation loss is the lowest so far.
+
+        Raises InputError if a file cannot be written.
+        """
+        try:
+            self.save_files()
+        except OSError as error:
+            raise InputError(f"step {self.step} cannot be saved: {error}") from error
+
+    def save_files(self) -> None:
+        settings = self.settings
+        val_loss = self.log[-1]["val_loss"]
+        if val_loss < self.best_val_loss:
+            if self.best_val_loss == math.inf and not self.is_resumed:
+                # The first model of a new run. The checkpoint of an earlier run does not fit it.
+                settings.checkpoint.unlink(missing_ok=True)
+            self.best_val_loss = val_loss
+            save_model(
+                settings.model, self.model, self.tokenizer, step=self.step, val_loss=val_loss
+            )
+        save_model(
+            settings.checkpoint,
+            self.model,
+            self.tokenizer,
+            fixed_settings=self.fixed_settings,
+            step=self.step,
+            best_val_loss=self.best_val_loss,
+            log=self.log,
+            optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
+        )
+
+    def load_checkpoint(self) -> None:
+        """Continues from the checkpoint. Raises InputError if it is of another run."""
+        path = self.settings.checkpoint
+        content = load_content(path)
+        saved = content["metadata"]
+        for name, value in self.fixed_settings.items():
+            was = saved["fixed_settings"].get(name)
+            if was != value:
+                was = "another" if name == "text" else was
+                raise InputError(
+                    f"{path} is of a run whose {name} was {was}: use the same, or start a new run "
+                    "without --resume"
+                )
+
+        self.model.load_state_dict(content["weights"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            load_optimizer(optimizer, state)
+        self.step = saved["step"]
+        self.log = saved["log"]
+        if self.settings.model.exists():  # else the next model is the best
+            self.best_val_loss = saved["best_val_loss"]
+
+
+# ----------------------------------------------------------------------------------------
+# The loop
+# ----------------------------------------------------------------------------------------
+
+
+def train(trainer: Trainer, losses_to_beat: list[float]) -> None:
+    """Trains until the last step. Only process 0 evaluates, saves and prints."""
+    settings = trainer.settings
+    charts = Charts(trainer)
+    bar = tqdm(
+        total=settings.steps,
+        initial=trainer.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=True if trainer.rank > 0 else None,  # None: unless standard error is a terminal
+    )
+    with bar:
+        while True:
+            if trainer.evaluation_is_due():
+                row = trainer.evaluate()
+                if trainer.step > 0:  # an untrained model must not replace a trained one
+                    trainer.save()
+                    save_curves(trainer, losses_to_beat)
+                passage = write_passage(trainer.model, trainer, 100)
+                with bar.external_write_mode():
+                    print(describe_row(row), flush=True)
+                print_notice(f"    {' '.join(passage.split())}")
+                charts.add(row, passage)
+
+            if trainer.is_finished():
+                break
+            trainer.train_step()
+            bar.update()
+    charts.close()
+
+
+def describe_row(row: dict[str, float]) -> str:
+    bits = row["val_loss"] / math.log(2)
+    return (
+        f"step {row['step']}: train loss {row['train_loss']:.4f}, "
+        f"val loss {row['val_loss']:.4f} ({bits:.2f} bits/char)"
+    )
+
+
+def print_notice(message: str) -> None:
+    """Prints a line on standard error, above the progress bar if there is one."""
+    tqdm.write(message, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------
@@ -246,7 +534,9 @@ class Muon(torch.optim.Optimizer):
 
     def move(self, p: Tensor, group: dict[str, Any]) -> None:
         # Average the gradients, and look one step ahead (Nesterov).
-        average = self.state[p].setdefault("average", p.grad.clone())
+        if "average" not in self.state[p]:
+            self.state[p]["average"] = p.grad.clone()
+        average = self.state[p]["average"]
         average.lerp_(p.grad, 1 - group["momentum"])  # momentum * average + (1 - momentum) * grad
         update = p.grad.lerp(average, group["momentum"])
 
@@ -313,356 +603,6 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
         ]
     )
     return [muon, adamw]
-
-
-# ----------------------------------------------------------------------------------------
-# Trainer
-# ----------------------------------------------------------------------------------------
-
-
-class Trainer:
-    """A model, its optimizers and the text, in process `rank` of `world` processes.
-
-    Raises OSError if a file cannot be read or written, InputError if a file or a setting is
-    wrong.
-    """
-
-    def __init__(self, settings: Settings, rank: int = 0, world: int = 1) -> None:
-        self.settings = settings
-        self.rank = rank
-        self.world = world
-        self.device = find_device(settings.device)
-        if world > 1 and self.device.type == "cuda":  # each process has its own GPU
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        self.precision = choose_precision(settings, self.device)
-        # Inside this context, matrix products are computed in bfloat16 if that is the precision.
-        self.autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        )
-
-        # The windows that this process computes at once
-        shares = world * settings.accumulate
-        if settings.batch_size % shares != 0:
-            raise InputError(
-                f"--batch-size {settings.batch_size} must be a multiple of "
-                f"{world} (processes) x {settings.accumulate} (--accumulate)"
-            )
-        self.micro_batch_size = settings.batch_size // shares
-
-        # The text
-        text = read_text(settings.data)
-        self.tokenizer = CharTokenizer.from_text(text)
-        self.train_ids, self.val_ids = split_text(self.tokenizer.encode(text), settings)
-        T = settings.context_length
-        self.eval_windows = {
-            "train": evaluation_windows(self.train_ids, T, EVAL_WINDOWS),
-            "val": evaluation_windows(self.val_ids, T, EVAL_WINDOWS),
-        }
-
-        # The model
-        torch.manual_seed(self.make_seed())  # all processes begin with the same weights
-        config = GPTConfig(
-            vocab_size=self.tokenizer.vocab_size,
-            context_length=settings.context_length,
-            n_layer=settings.n_layer,
-            n_head=settings.n_head,
-            n_embd=settings.n_embd,
-            dropout=settings.dropout,
-        )
-        self.model = GPT(config).to(self.device)
-        self.compiled_model = torch.compile(self.model) if settings.compile else self.model
-        self.optimizers = make_optimizers(self.model, settings)
-
-        # The state of the run
-        self.step = 0  # steps done
-        self.loss = torch.zeros(())  # of the last step
-        self.grad_norm = torch.zeros(())  # of the last step
-        self.best_val_loss = math.inf
-        self.log: list[dict[str, float]] = []  # a row for each evaluation
-
-        # What a resumed run must have in common with the run that it continues
-        self.fixed_settings = {
-            "text": hashlib.sha256(text.encode()).hexdigest(),
-            **asdict(config),
-            "optimizer": settings.optimizer,
-            "val_fraction": settings.val_fraction,
-        }
-        check_outputs(settings)
-        if settings.resume and settings.checkpoint.exists():
-            self.load_checkpoint()
-
-    # The randomness of a step depends on the seed and the step alone, so a resumed run draws
-    # what the uninterrupted one would have drawn.
-
-    def make_seed(self, *numbers: int) -> int:
-        """Makes a seed of 32 bits, as torch's CPU generator uses, from the run's and these."""
-        digest = hashlib.sha256(repr((self.settings.seed, *numbers)).encode()).hexdigest()
-        return int(digest[:8], 16)
-
-    def get_batch(self) -> Tensor:
-        """Draws the windows of this process, `(B, T + 1)`, each anywhere in the training part."""
-        generator = torch.Generator().manual_seed(self.make_seed(self.step))
-        window = self.settings.context_length + 1
-        places = len(self.train_ids) - window + 1
-        starts = torch.randint(places, (self.settings.batch_size,), generator=generator)
-        own_starts = starts.chunk(self.world)[self.rank].tolist()
-        rows = torch.stack([self.train_ids[start : start + window] for start in own_starts])
-        return rows.to(self.device)
-
-    def train_step(self) -> Tensor:
-        """Does one step. Returns the loss as a tensor: reading its value waits for the device."""
-        self.model.train()
-        batch = self.get_batch()
-        torch.manual_seed(self.make_seed(self.step, self.rank))  # for dropout
-
-        # Compute the gradients. Those of all parts of the batch add up.
-        self.loss = torch.zeros((), device=self.device)
-        for rows in batch.split(self.micro_batch_size):
-            with self.autocast:
-                # The target of each character is the one after it: T predictions a window.
-                _, loss = self.compiled_model(rows[:, :-1], rows[:, 1:])
-            loss = loss / self.settings.accumulate
-            loss.backward()
-            self.loss += loss.detach()
-        if self.world > 1:
-            self.average_gradients()
-
-        # Reduce a gradient that is unusually large (Pascanu et al., 2013, section 3.2,
-        # https://arxiv.org/abs/1211.5063). Both optimizers limit the size of a step, but such a
-        # gradient would dominate their averages for many steps.
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.settings.grad_clip
-        )
-
-        # Move the weights.
-        learning_rate = self.learning_rate(self.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            with self.autocast:  # Muon has products
-                optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
-        return self.loss
-
-    def average_gradients(self) -> None:
-        """Gives all processes the mean of their gradients, so that their weights stay equal."""
-        for p in self.model.parameters():
-            dist.all_reduce(p.grad)  # the sum
-            p.grad /= self.world
-
-    def learning_rate(self, step: int) -> float:
-        """The rate of a step, the first of which is step 0.
-
-        It rises while the optimizers' averages fill, then falls in a straight line to zero:
-        with ever smaller steps the noise of the batches averages out.
-        """
-        settings = self.settings
-        warmup = min(1, (step + 1) / (settings.warmup_steps + 1))
-        return settings.learning_rate * warmup * (1 - step / settings.steps)
-
-    def is_finished(self) -> bool:
-        return self.step >= self.settings.steps
-
-    def evaluation_is_due(self) -> bool:
-        """True in process 0 at every `eval_interval` steps and at the end, once."""
-        if self.rank != 0 or (self.log and self.log[-1]["step"] == self.step):
-            return False
-        return self.step % self.settings.eval_interval == 0 or self.is_finished()
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Computes the mean losses, in nats, of fixed windows of both parts of the text.
-
-        Adds a row to the log, and returns it. Raises FloatingPointError if training has diverged.
-        """
-        self.model.eval()
-        losses = {}
-        for part, windows in self.eval_windows.items():
-            total = torch.zeros((), device=self.device)
-            for rows in windows.to(self.device).split(self.micro_batch_size):
-                with self.autocast:
-                    _, loss = self.model(rows[:, :-1], rows[:, 1:])
-                total += loss * len(rows)
-            losses[part] = total.item() / len(windows)
-
-        if not math.isfinite(losses["val"]):
-            raise FloatingPointError(
-                f"step {self.step}: the validation loss is {losses['val']}; lower --learning-rate"
-            )
-        row = {
-            "step": self.step,
-            "train_loss": losses["train"],
-            "val_loss": losses["val"],
-            "learning_rate": self.learning_rate(self.step - 1),  # of the last step
-            "gradient_norm": self.grad_norm.item(),
-        }
-        self.log.append(row)
-        return row
-
-    def save(self) -> None:
-        """Saves what `resume` needs, and the model if its validation loss is the lowest so far."""
-        settings = self.settings
-        val_loss = self.log[-1]["val_loss"]
-        if val_loss < self.best_val_loss:
-            if self.best_val_loss == math.inf:
-                # The first model of this run. The checkpoint of an earlier run does not fit it.
-                settings.checkpoint.unlink(missing_ok=True)
-            self.best_val_loss = val_loss
-            save_model(
-                settings.model, self.model, self.tokenizer, step=self.step, val_loss=val_loss
-            )
-        save_model(
-            settings.checkpoint,
-            self.model,
-            self.tokenizer,
-            fixed_settings=self.fixed_settings,
-            step=self.step,
-            best_val_loss=self.best_val_loss,
-            log=self.log,
-            optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
-        )
-
-    def load_checkpoint(self) -> None:
-        """Continues from the checkpoint. Raises InputError if it is of another run."""
-        path = self.settings.checkpoint
-        content = load_content(path)
-        saved = content["metadata"]
-        if "optimizers" not in saved:
-            raise InputError(f"{path} is a model and not a checkpoint")
-        for name, value in self.fixed_settings.items():
-            was = saved["fixed_settings"].get(name)
-            if was != value:
-                was = "another" if name == "text" else was
-                raise InputError(
-                    f"{path} is of a run whose {name} was {was}: use the same, or start a new run "
-                    "without --resume"
-                )
-
-        self.model.load_state_dict(content["weights"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            load_optimizer(optimizer, state)
-        self.step = saved["step"]
-        self.log = saved["log"]
-        if self.settings.model.exists():  # else the next model is the best
-            self.best_val_loss = saved["best_val_loss"]
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> None:
-    """Takes the averages of a saved optimizer, and none of its settings.
-
-    Raises InputError if they do not fit the parameters.
-    """
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": settings})
-    for p, averages in optimizer.state.items():
-        for name, average in averages.items():
-            if average.dim() > 0 and average.shape != p.shape:
-                raise InputError("the optimizer in the checkpoint does not fit the model")
-            averages[name] = average.contiguous()
-
-
-def choose_precision(settings: Settings, device: torch.device) -> str:
-    """Returns "bf16" where it is asked for or fast, else "fp32", the precision of products."""
-    if device.type == "mps":
-        # In bfloat16 its attention lets a character use later ones (pytorch issue 195910).
-        if settings.precision == "bf16":
-            raise InputError("--precision bf16 gives wrong results with --device mps: use fp32")
-        return "fp32"
-    if settings.precision != "auto":
-        return settings.precision
-
-    if device.type == "cuda":
-        # In what remains in 32 bits, TF32 rounds the factors of a product to 10 bits, for speed.
-        torch.set_float32_matmul_precision("high")
-        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Where matrices are small, converting to bf16 and back takes longer than it saves.
-        is_fast = cpu_is_fast_in_bf16() and settings.n_embd >= 128
-    return "bf16" if is_fast else "fp32"
-
-
-def cpu_is_fast_in_bf16() -> bool:
-    """True if the processor has AMX, or is not Intel's and has AVX-512 bfloat16.
-
-    On an Intel processor without AMX, training took 1.5 times as long in bfloat16.
-    """
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch is older than 2.12
-        return False
-    processor = torch.cpu.get_capabilities()
-    if "Intel" in processor.get("cpu_name", ""):
-        return processor.get("amx_bf16", False)
-    return processor.get("avx512_bf16", False)
-
-
-def check_outputs(settings: Settings) -> None:
-    """Raises InputError or OSError now if the files of the run could not be written later.
-
-    Only files that an earlier run has written are replaced.
-    """
-    marks = {".csv": ",".join(LOG_COLUMNS), ".png": PICTURE_TITLE}
-    for ending, mark in marks.items():
-        path = settings.beside_model(ending)
-        if path.exists() and mark.encode() not in path.read_bytes():
-            raise InputError(f"{path} was not written by train.py: move it, or change --model")
-    for path in (settings.model, settings.checkpoint):
-        if path.exists():
-            try:
-                load_content(path)
-            except InputError as error:
-                raise InputError(f"{error}: move it, or name another --model") from error
-
-    trial = settings.beside_model(".train.pth.trial")
-    write_file(trial, b"")
-    trial.unlink()
-
-
-# ----------------------------------------------------------------------------------------
-# The loop
-# ----------------------------------------------------------------------------------------
-
-
-def train(trainer: Trainer, losses_to_beat: list[float]) -> None:
-    """Trains until the last step. Only process 0 evaluates, saves and prints."""
-    settings = trainer.settings
-    charts = Charts(trainer)
-    bar = tqdm(
-        total=settings.steps,
-        initial=trainer.step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=True if trainer.rank > 0 else None,  # None: unless standard error is a terminal
-    )
-    with bar:
-        while True:
-            if trainer.evaluation_is_due():
-                row = trainer.evaluate()
-                if trainer.step > 0:  # an untrained model must not replace a trained one
-                    trainer.save()
-                    save_curves(trainer, losses_to_beat)
-                with bar.external_write_mode():
-                    print(describe_row(row), flush=True)
-                charts.add(row, write_passage(trainer.model, trainer, 100))
-
-            if trainer.is_finished():
-                break
-            trainer.train_step()
-            bar.update()
-    charts.close()
-
-
-def describe_row(row: dict[str, float]) -> str:
-    bits = row["val_loss"] / math.log(2)
-    return (
-        f"step {row['step']}: train loss {row['train_loss']:.4f}, "
-        f"val loss {row['val_loss']:.4f} ({bits:.2f} bits/char)"
-    )
-
-
-def print_notice(message: str) -> None:
-    """Prints a line on standard error, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------
@@ -874,7 +814,7 @@ class Charts:
     def failure_reported(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a tracker can raise anything
+        except (Exception, SystemExit) as error:  # a tracker can raise anything
             self.tracker = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             print_notice(f"{self.name} failed ({reason}); training continues without charts")
@@ -892,6 +832,84 @@ def run_name(settings: Settings) -> str:
 
 
 # ----------------------------------------------------------------------------------------
+# The machine and the files
+# ----------------------------------------------------------------------------------------
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> None:
+    """Takes the averages of a saved optimizer, and none of its settings.
+
+    Raises InputError if they do not fit the parameters.
+    """
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": settings})
+    for p, averages in optimizer.state.items():
+        for name, average in averages.items():
+            if average.dim() > 0 and average.shape != p.shape:
+                raise InputError("the optimizer in the checkpoint does not fit the model")
+            averages[name] = average.contiguous()
+
+
+def choose_precision(settings: Settings, device: torch.device) -> str:
+    """Returns "bf16" where it is asked for or fast, else "fp32", the precision of products."""
+    if device.type == "mps":
+        # In bfloat16 its attention lets a character use later ones (pytorch issue 195910).
+        if settings.precision == "bf16":
+            raise InputError("--precision bf16 gives wrong results with --device mps: use fp32")
+        return "fp32"
+    if settings.precision != "auto":
+        return settings.precision
+
+    if device.type == "cuda":
+        # In what remains in 32 bits, TF32 rounds the factors of a product to 10 bits, for speed.
+        torch.set_float32_matmul_precision("high")
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Where matrices are small, converting to bf16 and back takes longer than it saves.
+        is_fast = cpu_is_fast_in_bf16() and settings.n_embd >= 128
+    return "bf16" if is_fast else "fp32"
+
+
+def cpu_is_fast_in_bf16() -> bool:
+    """True if the processor has AMX, or is not Intel's and has AVX-512 bfloat16.
+
+    On an Intel processor without AMX, training took 1.5 times as long in bfloat16.
+    """
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch is older than 2.12
+        return False
+    processor = torch.cpu.get_capabilities()
+    if "Intel" in processor.get("cpu_name", ""):
+        return processor.get("amx_bf16", False)
+    return processor.get("avx512_bf16", False)
+
+
+def check_outputs(settings: Settings) -> None:
+    """Raises InputError or OSError now if the files of the run could not be written later.
+
+    Only files that an earlier run has written are replaced.
+    """
+    for path in (settings.model, settings.checkpoint):
+        if path.exists():
+            try:
+                is_checkpoint = "optimizers" in load_content(path)["metadata"]
+            except InputError as error:
+                raise InputError(f"{error}: move it, or name another --model") from error
+            if is_checkpoint != (path == settings.checkpoint):
+                found = "a checkpoint" if is_checkpoint else "a model and not a checkpoint"
+                raise InputError(f"{path} is {found}: move it, or name another --model")
+    marks = {".csv": ",".join(LOG_COLUMNS), ".png": PICTURE_TITLE}
+    for ending, mark in marks.items():
+        path = settings.beside_model(ending)
+        if path.exists() and mark.encode() not in path.read_bytes():
+            raise InputError(f"{path} was not written by train.py: move it, or change --model")
+
+    # A file with the longest of the names shows whether there can be files.
+    trial = settings.beside_model(f".train.pth.{os.getpid()}.trial")
+    write_file(trial, b"")
+    trial.unlink()
+
+
+# ----------------------------------------------------------------------------------------
 # main
 # ----------------------------------------------------------------------------------------
 
@@ -904,13 +922,12 @@ def main() -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        print_notice("stopped; add --resume to continue from the last evaluation")
         sys.exit(130)  # as a shell reports an end by Ctrl-C
     except MemoryError:
         sys.exit(f"error: {settings.data} does not fit into memory")
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: raise --accumulate, or lower --batch-size")
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, BrokenPipeError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -941,13 +958,26 @@ def run(settings: Settings) -> None:
     if dist.is_torchelastic_launched():  # by torchrun
         dist.init_process_group()
         rank, world = dist.get_rank(), dist.get_world_size()
+        if settings.device in ("auto", "cuda") and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process has its own GPU
 
-    trainer = Trainer(settings, rank, world)
+    try:
+        trainer = Trainer(settings, rank, world)
+    except OSError as error:  # a file that cannot be read or written
+        raise InputError(str(error)) from error
     losses_to_beat = []
     if rank == 0:
         describe_start(trainer)
         losses_to_beat = print_losses_to_beat(trainer)
-    train(trainer, losses_to_beat)
+    try:
+        train(trainer, losses_to_beat)
+    except KeyboardInterrupt:
+        saved_step = trainer.log[-1]["step"] if trainer.log else 0
+        if saved_step > 0:
+            print_notice(f"stopped; add --resume to continue from step {saved_step}")
+        else:
+            print_notice("stopped before the first evaluation: nothing of this run is saved")
+        raise
     if rank == 0:
         describe_end(trainer)
 
@@ -963,11 +993,7 @@ def describe_start(trainer: Trainer) -> None:
     elif settings.resume:
         print_notice(f"there is no checkpoint {settings.checkpoint}: starting at step 0")
     if trainer.step == 0 and settings.model.exists():
-        saved = load_content(settings.model)["metadata"]
-        print_notice(
-            f"this run will replace {settings.model} (step {saved['step']}, validation loss "
-            f"{saved['val_loss']:.4f}): name another --model to keep it"
-        )
+        print_notice(f"this run will replace {settings.model}: name another --model to keep it")
 
     charts = "no charts"
     tracker = choose_tracker(settings.tracker)
@@ -1000,6 +1026,8 @@ CONTEXT_WINDOWS = 1000  # for the losses by context
 def describe_end(trainer: Trainer) -> None:
     """Shows what the best model has learned, and says what comes next."""
     settings = trainer.settings
+    if not settings.model.exists():  # the run was finished before, and its model was moved
+        return
     best, _, saved = load_model(settings.model, trainer.device)
     windows = evaluation_windows(trainer.val_ids, settings.context_length, CONTEXT_WINDOWS)
     losses = loss_by_context(best, windows)

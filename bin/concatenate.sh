@@ -21,8 +21,8 @@ if [ $# -gt 2 ] || [[ ${1-} == -* ]]; then
     exit 2
 fi
 data=$(cd "$(dirname "$0")/../data" && pwd)
-folder=${1-$data/books}
-output=${2-$data/scifi.txt}
+folder=${1:-$data/books}
+output=${2:-$data/scifi.txt}
 # With ./ in front, awk does not take the name x=1/a.txt for an assignment.
 if [[ $folder != /* ]]; then
     folder=./$folder

@@ -278,12 +278,13 @@ def test_attention_is_drawn_for_the_text_or_the_prompt(trained, tmp_path, flags)
         "--top-p=1.5",
         "--num-samples=0",
         "--seed=x",
+        "--interactive --score=we",
         "--nonsense",
     ],
 )
 def test_a_wrong_flag_is_an_error_with_status_2_that_names_it(trained, flag):
-    error = trained.run("inference.py", flag, status=2).stderr
-    assert flag.partition("=")[0] in error
+    error = trained.run("inference.py", *flag.split(), status=2).stderr
+    assert re.split("[= ]", flag)[0] in error
 
 
 WRONG_INPUT = [

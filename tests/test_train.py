@@ -419,6 +419,28 @@ def test_a_run_whose_best_model_was_moved_saves_the_next_best(project):
     assert load_model(project.model)[2]["step"] == 9
 
 
+def test_a_resumed_run_keeps_its_checkpoint_until_there_is_a_new_one(project, monkeypatch):
+    save_first_checkpoint(project)
+    project.model.unlink()
+    trainer = Trainer(small_settings(project, resume=True))
+    take_steps(trainer, 6)
+    trainer.evaluate()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(train, "save_model", fail)
+    with pytest.raises(InputError, match="step 6 cannot be saved: no space left"):
+        trainer.save()
+    assert load_content(project.checkpoint)["metadata"]["step"] == 3
+
+
+def test_a_finished_run_whose_model_was_moved_can_be_resumed(project):
+    project.train()
+    project.model.rename(project.directory / "moved.pth")
+    project.train("--resume")
+
+
 def test_a_new_run_removes_the_old_checkpoint_before_it_saves_its_first_model(project, monkeypatch):
     project.train()
     trainer = Trainer(small_settings(project))
@@ -478,7 +500,7 @@ def test_a_log_file_has_whole_lines_and_no_progress_bar(project):
 
 def test_a_run_that_replaces_a_model_says_so(project):
     assert "will replace" not in project.train().stderr
-    assert f"will replace {project.model} (step 6" in project.train().stderr
+    assert f"will replace {project.model}: name another" in project.train().stderr
 
 
 def test_two_runs_print_the_same(project):
@@ -608,7 +630,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(project, interrupt):
         stream.close()
     if interrupt is press_ctrl_c:
         assert process.returncode == 130
-        assert stderr.endswith("stopped; add --resume to continue from the last evaluation\n")
+        assert re.search(r"stopped; add --resume to continue from step [1-9]\d*\n$", stderr)
 
     last = load_content(project.checkpoint)["metadata"]["step"] + 20
     project.train(*flags, "--resume", f"--steps={last}", "--learning-rate=0.01")
@@ -897,6 +919,13 @@ def test_a_file_that_is_not_of_a_run_is_never_replaced(project, ending):
     assert path.read_text(encoding="utf-8") == "my own notes"
 
 
+def test_a_checkpoint_of_another_run_is_never_replaced_by_a_model(project):
+    project.train()
+    before = project.checkpoint.read_bytes()
+    assert str(project.checkpoint) in project.train("--model", project.checkpoint, status=1).stderr
+    assert project.checkpoint.read_bytes() == before
+
+
 def test_a_text_is_never_replaced_by_its_model(project):
     done = project.train(f"--model={project.text_file}", status=1)
     assert str(project.text_file) in done.stderr
@@ -944,6 +973,16 @@ def test_a_mistake_in_edited_code_shows_its_traceback(project, flag):
     assert process.returncode == 1
     assert 'model.py", line' in stderr
     assert "too many values to unpack" in stderr
+
+
+def test_a_file_that_edited_code_does_not_find_shows_its_traceback(project):
+    code = project.directory / "train.py"
+    text = code.read_text(encoding="utf-8")
+    broken = text.replace("batch = self.get_batch()", 'batch = open("none.json")')
+    assert broken != text
+    code.write_text(broken, encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        project.train()
 
 
 @posix_only
