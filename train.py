@@ -103,7 +103,7 @@ class Settings:
     # The optimizer of the blocks' matrices. AdamW trains the rest in any case.
     optimizer: str = setting("muon", "for the blocks' matrices", choices=("muon", "adamw"))
     # The best of several from 0.006 to 0.03, for Muon and for AdamW beside it.
-    learning_rate: float = setting(0.014, "the highest rate; for adamw try 0.004", minimum=0)
+    learning_rate: float = setting(0.014, "the highest rate; for adamw try 0.007", minimum=0)
     # Muon averages about 10 gradients. The first averages hold fewer and are noisier, but its steps
     # would be just as large: so the rate begins low.
     warmup_steps: int = setting(20, "steps in which the learning rate rises", minimum=0)
@@ -921,6 +921,8 @@ def main() -> None:
         run(settings)
         if dist.is_initialized():
             dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # a thread of the process group may still run, and would abort sys.exit
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports an end by Ctrl-C
     except MemoryError:

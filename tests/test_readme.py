@@ -5,7 +5,6 @@ import importlib.util
 import io
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -38,8 +37,9 @@ def commands() -> list[str]:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with the sample as its text, and a model of the default sizes."""
     project = Project(tmp_path_factory.mktemp("readme"))
-    shutil.copytree(ROOT / "data", project.directory / "data", dirs_exist_ok=True)
-    shutil.copy(ROOT / "data/sample.txt", project.text_file)
+    sample = (ROOT / "data/sample.txt").read_text(encoding="utf-8")
+    for path in (project.text_file, project.directory / "data/sample.txt"):
+        path.write_text(sample[-80_000:], encoding="utf-8")  # counting takes less time
     project.run("train.py", *SHORT_RUN)
     return project
 
@@ -66,7 +66,9 @@ def test_every_command_runs(project, monkeypatch, command):
     elif words[1] == "bin/download.py":
         parse_download(words[1:], monkeypatch)
     elif words[1] == "train.py":
-        flags = [*words[2:], *SHORT_RUN]
+        flags = [*words[2:], *SHORT_RUN, "--n-embd=48", "--context-length=32"]
+        if "--resume" in words:
+            flags = [*words[2:], *SHORT_RUN]
         if "--model" not in words and "--resume" not in words:
             flags.append(f"--model={project.directory / 'models/command.pth'}")
         project.run("train.py", *[flag for flag in flags if flag != "--compile"])
