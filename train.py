@@ -610,7 +610,8 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
 # ----------------------------------------------------------------------------------------
 
 LONGEST_NGRAM = 5
-MAX_COUNTED = 1_000_000  # characters; more would take longer and change the losses little
+MAX_COUNTED = 1_000_000  # characters of the training part; more would take too long
+MAX_PREDICTED = 100_000  # characters of the validation part
 
 
 def ngram_losses(train_text: str, val_text: str, vocab_size: int) -> list[float]:
@@ -1010,14 +1011,14 @@ def describe_start(trainer: Trainer) -> None:
 
 
 def print_losses_to_beat(trainer: Trainer) -> list[float]:
-    train_ids, val_ids = trainer.train_ids[-MAX_COUNTED:], trainer.val_ids[:MAX_COUNTED]
+    train_ids, val_ids = trainer.train_ids[-MAX_COUNTED:], trainer.val_ids[:MAX_PREDICTED]
     decode = trainer.tokenizer.decode
     losses = ngram_losses(decode(train_ids), decode(val_ids), trainer.tokenizer.vocab_size)
     names = ["uniform", "counting", "given 1 before", "2 before", "3 before", "4 before"]
     figures = ", ".join(f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=True))
     part = ""
-    if len(train_ids) < len(trainer.train_ids):
-        part = f", counted in {MAX_COUNTED:,} characters"
+    if len(train_ids) < len(trainer.train_ids) or len(val_ids) < len(trainer.val_ids):
+        part = f", from {len(train_ids):,} characters, on {len(val_ids):,}"
     print(f"to beat: {figures} (nats/char{part})", flush=True)
     return losses
 
