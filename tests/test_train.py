@@ -660,6 +660,7 @@ def torchrun(project: Project, processes: int, *flags: object) -> subprocess.Com
         capture_output=True,
         text=True,
         timeout=240,
+        cwd=project.directory,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
