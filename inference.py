@@ -35,25 +35,24 @@ prompt = "The machine stood in the middle of the"  # edit this
 def main() -> None:
     use_utf8()
     args = parse_arguments()
-    if not args.model.exists():
-        sys.exit(f"error: there is no {args.model}: to train a model, run python train.py")
     try:
         model, tokenizer, _ = load_model(args.model, find_device(args.device))
         if args.interactive:
             complete_lines(model, tokenizer, args)
-        elif args.attention is not None:
-            draw_attention(model, tokenizer, args.score or args.prompt, args.attention)
-        elif args.score is not None:
-            show_score(model, tokenizer, args.score)
-        else:
+        elif args.score is None and args.attention is None:
             complete(model, tokenizer, args.prompt, args)
+        if args.attention is not None:
+            text = args.prompt if args.score is None else args.score
+            draw_attention(model, tokenizer, text, args.attention)
+        if args.score is not None:
+            show_score(model, tokenizer, args.score)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports an end by Ctrl-C
     except BrokenPipeError:  # for example from head, which reads only the beginning
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: lower --num-samples, or score a shorter text")
-    except (OSError, InputError) as error:
+    except InputError as error:
         sys.exit(f"error: {error}")
 
 
@@ -112,7 +111,7 @@ def encode(model: GPT, tokenizer: CharTokenizer, text: str) -> Tensor:
 def complete(
     model: GPT, tokenizer: CharTokenizer, beginning: str, args: argparse.Namespace
 ) -> None:
-    """Prints the first text while it is generated, then the others, which grow at the same time.
+    """Prints the first text while it is generated, then the others of the same batch.
 
     Raises InputError if the model does not know a character of the prompt.
     """
@@ -186,12 +185,14 @@ def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
         tokenizer.decode(ids[1:]), losses.tolist(), log_probs[:-1], strict=True
     ):
         bits = loss / math.log(2)
-        shown = colored(f"{visible(character):<9}", bits)
-        print(f"{shown}  {math.exp(-loss):11.2%}  {bits:5.2f}  {likeliest(tokenizer, row, 3)}")
+        print(
+            f"{visible(character):<9}  {math.exp(-loss):11.2%}  {bits:5.2f}  "
+            f"{likeliest(tokenizer, row, 3)}"
+        )
     print(f"next: {likeliest(tokenizer, log_probs[-1], 5)}")
 
     loss = losses.mean()
-    # Perplexity, exp(loss): as uncertain as between so many characters that are equally likely.
+    # Perplexity, exp(loss): as uncertain as a choice among that many equally likely characters.
     print(
         f"loss {loss:.3f} nats, {loss / math.log(2):.2f} bits/char, "
         f"perplexity {loss.exp():.2f} over {len(losses)} characters",
@@ -225,21 +226,6 @@ def likeliest(tokenizer: CharTokenizer, log_probs: Tensor, count: int) -> str:
     return "  ".join(f"{visible(character)} {prob:.0%}" for character, prob in pairs)
 
 
-GREEN, YELLOW, RED = 32, 33, 31  # of terminals: https://en.wikipedia.org/wiki/ANSI_escape_code
-
-
-def colored(text: str, bits: float) -> str:
-    """Colors a text on a terminal by how surprising it is."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):  # https://no-color.org
-        return text
-    color = GREEN
-    if bits >= 1:
-        color = YELLOW
-    if bits >= 4:
-        color = RED
-    return f"\033[{color}m{text}\033[0m"
-
-
 LONGEST_PICTURE = 40  # characters that can still be told apart
 
 
@@ -267,7 +253,7 @@ def draw_attention(model: GPT, tokenizer: CharTokenizer, text: str, path: Path) 
 
     Raises InputError if the text is too long, or if one of its characters is unknown.
     """
-    from matplotlib.figure import Figure  # here, since it takes time
+    from matplotlib.figure import Figure  # imported here: it is slow to import
 
     ids = encode(model, tokenizer, text)
     longest = min(LONGEST_PICTURE, model.config.context_length)
@@ -292,7 +278,7 @@ def draw_attention(model: GPT, tokenizer: CharTokenizer, text: str, path: Path) 
             axes.set_yticks(places, characters, fontsize=7)
     try:
         figure.savefig(path)
-    except ValueError as error:  # for example an ending that stands for no kind of picture
+    except (OSError, ValueError) as error:  # ValueError: an ending that stands for no picture
         raise InputError(f"--attention {path}: {error}") from error
 
 

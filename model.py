@@ -47,10 +47,6 @@ from torch.nn import functional as F
 # ----------------------------------------------------------------------------------------
 
 
-class InputError(ValueError):
-    """A wrong setting, text or file. The scripts print the message, without a traceback."""
-
-
 @dataclass(frozen=True)
 class GPTConfig:
     """The sizes of a model. Raises InputError if the channels cannot be divided among the heads."""
@@ -388,8 +384,8 @@ class GPT(nn.Module):
                 f"{start + T} characters do not fit a context of {self.config.context_length}"
             )
 
-        # What each character is, plus where it stands. The sum keeps both: 30 of the 128 directions
-        # hold 99.99 % of what the positions differ in, and the embedding learns to use these less.
+        # What each character is, plus where it stands. The sum keeps both: the positions differ in
+        # few directions, and the embedding learns to use the others.
         x = self.token_embedding(ids) + self.positions[start : start + T]  # (B, T, C)
         x = self.dropout(x)
 
@@ -554,11 +550,18 @@ MODEL_PATH = ROOT / "models/model-scifi.pth"
 DIGEST_LENGTH = 32  # bytes of SHA-256
 
 
+class InputError(ValueError):
+    """A wrong setting or text, or a file that is wrong or cannot be read or written.
+
+    The scripts print the message, without a traceback.
+    """
+
+
 def save_model(path: Path | str, model: GPT, tokenizer: CharTokenizer, **metadata: Any) -> None:
     """Writes a model and metadata, such as the step, to a file.
 
-    The file is what `torch.save` writes, and after it the SHA-256 of that. Raises OSError if it
-    cannot be written.
+    The file is what `torch.save` writes, and after it the SHA-256 of that. Raises InputError if
+    it cannot be written.
     """
     content = {
         "weights": model.state_dict(),
@@ -576,32 +579,40 @@ def write_file(path: Path, data: bytes) -> None:
     """Writes a file: all of it, or nothing.
 
     It is written under a temporary name and then renamed, so that at every moment the path holds
-    a whole file, the previous one or the new one.
+    a whole file, the previous one or the new one. Raises InputError if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # the data must be on the disk before it gets its name
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # the data must be on the disk before it gets its name
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def load_content(path: Path | str) -> dict[str, Any]:
     """Reads a file that `save_model` wrote, without making a model of it.
 
-    Code in the file is never run. Raises OSError if the file cannot be read, InputError if it
-    is damaged or is not a model.
+    Code in the file is never run. Raises InputError if the file cannot be read, is damaged, or is
+    not a model.
     """
-    data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}: to train a model, run python train.py") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     archive, digest = data[:-DIGEST_LENGTH], data[-DIGEST_LENGTH:]
     if hashlib.sha256(archive).digest() != digest:
         raise InputError(f"{path} is damaged, or is not a model of this project")
     try:
-        return torch.load(io.BytesIO(archive), weights_only=True)
+        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is not a model of this project") from error
 
@@ -611,7 +622,7 @@ def load_model(
 ) -> tuple[GPT, CharTokenizer, dict[str, Any]]:
     """Reads what `save_model` wrote: the model, ready to generate, its tokenizer and the metadata.
 
-    Raises OSError if the file cannot be read, InputError if it is damaged or is not a model.
+    Raises InputError if the file cannot be read, is damaged, or is not a model of this model.py.
     """
     content = load_content(path)
     tokenizer = CharTokenizer(content["vocabulary"])
@@ -627,10 +638,12 @@ def load_model(
 def read_text(path: Path) -> str:
     """Reads a text in UTF-8, with "\\n" for each line break and composed letters (Unicode's NFC).
 
-    Raises OSError if the file cannot be read, InputError if it is not UTF-8.
+    Raises InputError if the file cannot be read, or is not UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
+    except (OSError, MemoryError) as error:
+        raise InputError(f"{path} cannot be read: {error!r}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}): convert it first") from error
     return unicodedata.normalize("NFC", text)
@@ -656,7 +669,7 @@ def find_device(name: str) -> torch.device:
 
 
 def use_utf8() -> None:
-    """Lets the scripts print every character, also into a file on Windows."""
+    """Lets the scripts print every character, also into a file on Windows; each line at once."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook has streams of another kind
-            stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(encoding="utf-8", line_buffering=True)

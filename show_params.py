@@ -41,9 +41,7 @@ def main() -> None:
         show_parameters(model)
         show_meanings(model)
         show_settings(model, tokenizer, metadata)
-    except FileNotFoundError:
-        sys.exit(f"error: there is no {args.model}: to train a model, run python train.py")
-    except (OSError, InputError) as error:
+    except (InputError, BrokenPipeError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -4,7 +4,11 @@
     python train.py --resume                 continue a run that was interrupted
     torchrun --nproc-per-node 4 train.py     train with four processes that share each batch
 
-Each field of `Settings` is also a flag: `batch_size` is `--batch-size`.
+To see how a model learns, read `train`, `Trainer.train_step` and `Trainer.get_batch`, about 100
+lines, and then `Muon`. The rest reports, checks and saves.
+
+Each field of `Settings` is also a flag: `batch_size` is `--batch-size`. Results go to standard
+output, everything else to standard error.
 """
 
 import argparse
@@ -25,8 +29,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-# Threads that wait for each other try for a moment, and then sleep. Without this, GNU's OpenMP lets
-# them try for long, and beside another busy program a step takes ten times as long and more.
+# Let the threads of GNU's OpenMP wait actively for a moment only, and then sleep. Otherwise, beside
+# another busy program, a step takes ten times as long and more.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
 import torch
@@ -73,50 +77,42 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run depends on. Raises InputError if a value is out of range.
-
-    The losses in the comments are those of the validation part, in nats: lower is better.
-    """
+    """All that a run depends on. Raises InputError if a value is out of range."""
 
     # Files
     data: Path = setting(BOOKS if BOOKS.exists() else SAMPLE, "the text to learn from, in UTF-8")
     model: Path = setting(MODEL_PATH, "the file for the best model")
-    resume: bool = setting(
-        False, "continue from the checkpoint beside the model, on the machine that made it"
-    )
+    resume: bool = setting(False, "continue from the checkpoint beside the model")
 
     # The amount of work
-    steps: int = setting(1000, "steps of the optimizer", minimum=1)
+    steps: int = setting(750, "steps of the optimizer", minimum=1)
     batch_size: int = setting(16, "windows of text in each step", minimum=1)
     accumulate: int = setting(1, "split each batch into this many parts, to save memory", minimum=1)
 
     # The model. A larger one learns more from each character, but reads fewer in the same time.
-    context_length: int = setting(128, "characters in a window", minimum=1)
-    n_layer: int = setting(3, "blocks", minimum=1)
-    n_head: int = setting(4, "attention heads in each block", minimum=1)
-    n_embd: int = setting(128, "channels", minimum=1)
-    # On the sample (1,600 steps of 16 windows of 64), 0.1 raised the loss from 1.444 to 1.500.
+    context_length: int = setting(GPTConfig.context_length, "characters in a window", minimum=1)
+    n_layer: int = setting(GPTConfig.n_layer, "blocks", minimum=1)
+    n_head: int = setting(GPTConfig.n_head, "attention heads in each block", minimum=1)
+    n_embd: int = setting(GPTConfig.n_embd, "channels", minimum=1)
     dropout: float = setting(
-        0.0, "the probability that an activation is dropped in training", minimum=0, maximum=0.99
+        0.0, "share of activations dropped in training", minimum=0, maximum=0.99
     )
 
     # The optimizer of the blocks' matrices. AdamW trains the rest in any case.
     optimizer: str = setting("muon", "for the blocks' matrices", choices=("muon", "adamw"))
-    # The best of several from 0.006 to 0.03, for Muon and for AdamW beside it.
-    learning_rate: float = setting(0.014, "the highest rate; for adamw try 0.007", minimum=0)
+    learning_rate: float = setting(0.02, "the peak learning rate; for adamw try 0.007", minimum=0)
     # Muon averages about 10 gradients. The first averages hold fewer and are noisier, but its steps
     # would be just as large: so the rate begins low.
     warmup_steps: int = setting(20, "steps in which the learning rate rises", minimum=0)
-    # On the sample 0.4 gave 1.442, 0.3 gave 1.450; on the books they differ by less than 0.003.
     weight_decay: float = setting(0.4, "how strongly the matrices are pulled to zero", minimum=0)
-    # The norm falls from 1.3 to about 0.5 in 100 steps: only an unusual batch is clipped.
-    grad_clip: float = setting(1.0, "the norm to which a larger gradient is reduced", minimum=1e-9)
+    # The norm falls from 1.3 to about 0.5 in 100 steps: later, only an unusual batch is clipped.
+    grad_clip: float = setting(1.0, "larger gradients are scaled down to this norm", minimum=1e-9)
 
     eval_interval: int = setting(
         100, "steps between evaluations, each with a checkpoint", minimum=1
     )
     val_fraction: float = setting(
-        0.1, "the share of the text held out, its end", minimum=0.001, maximum=0.999
+        0.1, "share of the text held out, its end", minimum=0.001, maximum=0.999
     )
 
     # The machine
@@ -139,9 +135,10 @@ class Settings:
             value = getattr(self, f.name)
             minimum, maximum = f.metadata["minimum"], f.metadata["maximum"]
             if isinstance(value, int | float) and not minimum <= value <= maximum:
-                raise InputError(
-                    f"{flag_name(f.name)} must be from {minimum:g} to {maximum:g}, not {value}"
-                )
+                limits = f"at least {minimum:g}"
+                if maximum < math.inf:
+                    limits = f"from {minimum:g} to {maximum:g}"
+                raise InputError(f"{flag_name(f.name)} must be {limits}, not {value}")
 
     def beside_model(self, ending: str) -> Path:
         """Returns models/model-scifi.csv for models/model-scifi.pth and ".csv"."""
@@ -189,8 +186,8 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
     No character is predicted twice.
     """
     stride = max(context_length, (len(ids) - context_length - 1) // count)
-    starts = range(0, len(ids) - context_length, stride)[:count]
-    return torch.stack([ids[start : start + context_length + 1] for start in starts])
+    starts = torch.arange(0, len(ids) - context_length, stride)[:count]
+    return ids[starts[:, None] + torch.arange(context_length + 1)]
 
 
 # ----------------------------------------------------------------------------------------
@@ -201,32 +198,35 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
 class Trainer:
     """A model, its optimizers and the text, in process `rank` of `world` processes.
 
-    Raises OSError if a file cannot be read or written, InputError if a file or a setting is
-    wrong.
+    Raises InputError if the text cannot be used, or if settings do not fit together.
     """
 
     def __init__(self, settings: Settings, rank: int = 0, world: int = 1) -> None:
         self.settings = settings
         self.rank = rank
         self.world = world
+
+        # The machine
         self.device = find_device(settings.device)
         self.precision = choose_precision(settings, self.device)
+        if self.device.type == "cuda" and settings.precision == "auto":
+            # In products that remain in 32 bits, TF32 rounds the factors to 10 bits, for speed.
+            torch.set_float32_matmul_precision("high")
         # Inside this context, matrix products are computed in bfloat16 if that is the precision.
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
         )
-
-        # The windows that this process computes at once
-        shares = world * settings.accumulate
-        if settings.batch_size % shares != 0:
+        # The micro-batch: the windows that this process computes at once
+        self.micro_batch_size, remainder = divmod(settings.batch_size, world * settings.accumulate)
+        if remainder > 0:
             raise InputError(
                 f"--batch-size {settings.batch_size} must be a multiple of "
                 f"{world} (processes) x {settings.accumulate} (--accumulate)"
             )
-        self.micro_batch_size = settings.batch_size // shares
 
         # The text
         text = read_text(settings.data)
+        self.text_digest = hashlib.sha256(text.encode()).hexdigest()
         self.tokenizer = CharTokenizer.from_text(text)
         self.train_ids, self.val_ids = split_text(self.tokenizer.encode(text), settings)
         T = settings.context_length
@@ -252,39 +252,43 @@ class Trainer:
         # The state of the run
         self.step = 0  # steps done
         self.grad_norm = torch.zeros(())  # of the last step
-        self.best_val_loss = math.inf
         self.log: list[dict[str, float]] = []  # a row for each evaluation
 
-        # What a resumed run must have in common with the run that it continues
-        self.fixed_settings = {
-            "text": hashlib.sha256(text.encode()).hexdigest(),
-            **asdict(config),
-            "optimizer": settings.optimizer,
-            "val_fraction": settings.val_fraction,
-        }
-        if rank == 0:
-            check_outputs(settings)
-        self.is_resumed = settings.resume and settings.checkpoint.exists()
-        if self.is_resumed:
-            self.load_checkpoint()
-
-    # The randomness of a step depends on the seed and the step alone, so a resumed run draws
-    # what the uninterrupted one would have drawn.
+    # All randomness depends on the seed and the step alone, so a resumed run draws what the
+    # uninterrupted one would have drawn.
 
     def make_seed(self, *numbers: int) -> int:
-        """Makes a seed of 32 bits, as torch's CPU generator uses, from the run's and these."""
+        """Derives a 32-bit seed from the run's seed and these numbers."""
         digest = hashlib.sha256(repr((self.settings.seed, *numbers)).encode()).hexdigest()
         return int(digest[:8], 16)
 
     def get_batch(self) -> Tensor:
-        """Draws the windows of this process, `(B, T + 1)`, each anywhere in the training part."""
-        generator = torch.Generator().manual_seed(self.make_seed(self.step))
-        window = self.settings.context_length + 1
-        places = len(self.train_ids) - window + 1
-        starts = torch.randint(places, (self.settings.batch_size,), generator=generator)
-        own_starts = starts.chunk(self.world)[self.rank].tolist()
-        rows = torch.stack([self.train_ids[start : start + window] for start in own_starts])
-        return rows.to(self.device)
+        """Returns the windows of a step that this process computes, `(B, T + 1)`.
+
+        The windows of all epochs follow each other; each step takes the next ones.
+        """
+        batch_size = self.settings.batch_size
+        epoch, done = divmod(self.step * batch_size, self.windows_per_epoch())
+        starts = self.epoch_starts(epoch)[done:]
+        while len(starts) < batch_size:  # the batch reaches into the next epoch
+            epoch += 1
+            starts = torch.cat([starts, self.epoch_starts(epoch)])
+        own_starts = starts[:batch_size].chunk(self.world)[self.rank]
+        places = torch.arange(self.settings.context_length + 1)
+        return self.train_ids[own_starts[:, None] + places].to(self.device)
+
+    def windows_per_epoch(self) -> int:
+        """All windows that fit the training part but one, so that the first can begin anywhere."""
+        return max(1, (len(self.train_ids) - 1) // self.settings.context_length - 1)
+
+    def epoch_starts(self, epoch: int) -> Tensor:
+        """Returns where the windows of an epoch start: side by side, in random order."""
+        T = self.settings.context_length
+        count = self.windows_per_epoch()
+        spare = len(self.train_ids) - 1 - count * T  # characters
+        generator = torch.Generator().manual_seed(self.make_seed(epoch))
+        offset = torch.randint(spare + 1, (1,), generator=generator)
+        return offset + T * torch.randperm(count, generator=generator)
 
     def train_step(self) -> Tensor:
         """Does one step. Returns the loss as a tensor: reading its value waits for the device."""
@@ -331,7 +335,7 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """The rate of a step, the first of which is step 0.
 
-        It rises while the optimizers' averages fill, then falls in a straight line to zero:
+        It rises while the optimizers' averages fill, then falls in a straight line to nearly zero:
         with ever smaller steps the noise of the batches averages out.
         """
         settings = self.settings
@@ -358,7 +362,7 @@ class Trainer:
         for part, windows in self.eval_windows.items():
             total = torch.zeros((), device=self.device)
             for rows in windows.to(self.device).split(self.micro_batch_size):
-                with self.autocast:
+                with self.autocast:  # not compiled, which would take long for another shape
                     _, loss = self.model(rows[:, :-1], rows[:, 1:])
                 total += loss * len(rows)
             losses[part] = total.item() / len(windows)
@@ -382,54 +386,53 @@ class Trainer:
 
         Raises InputError if a file cannot be written.
         """
-        try:
-            self.save_files()
-        except OSError as error:
-            raise InputError(f"step {self.step} cannot be saved: {error}") from error
-
-    def save_files(self) -> None:
-        settings = self.settings
-        val_loss = self.log[-1]["val_loss"]
-        if val_loss < self.best_val_loss:
-            if self.best_val_loss == math.inf and not self.is_resumed:
-                # The first model of a new run. The checkpoint of an earlier run does not fit it.
-                settings.checkpoint.unlink(missing_ok=True)
-            self.best_val_loss = val_loss
-            save_model(
-                settings.model, self.model, self.tokenizer, step=self.step, val_loss=val_loss
-            )
         save_model(
-            settings.checkpoint,
+            self.settings.checkpoint,
             self.model,
             self.tokenizer,
-            fixed_settings=self.fixed_settings,
+            text_digest=self.text_digest,
+            settings={name: str(value) for name, value in asdict(self.settings).items()},
             step=self.step,
-            best_val_loss=self.best_val_loss,
             log=self.log,
             optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
         )
+        self.save_best()
 
-    def load_checkpoint(self) -> None:
+    def save_best(self) -> None:
+        path = self.settings.model
+        val_losses = [row["val_loss"] for row in self.log if row["step"] > 0]
+        if val_losses[-1] == min(val_losses) or not path.exists():
+            save_model(path, self.model, self.tokenizer, step=self.step, val_loss=val_losses[-1])
+
+    def resume(self) -> None:
         """Continues from the checkpoint. Raises InputError if it is of another run."""
         path = self.settings.checkpoint
         content = load_content(path)
         saved = content["metadata"]
-        for name, value in self.fixed_settings.items():
-            was = saved["fixed_settings"].get(name)
-            if was != value:
-                was = "another" if name == "text" else was
-                raise InputError(
-                    f"{path} is of a run whose {name} was {was}: use the same, or start a new run "
-                    "without --resume"
-                )
+        advice = "use the same, or start a new run without --resume"
+        if saved["text_digest"] != self.text_digest:
+            raise InputError(f"{path} is of a run with another text: {advice}")
+        for name, was in saved["settings"].items():
+            value = str(getattr(self.settings, name))
+            if name in NOT_COMPARED or value == was:
+                continue
+            if name in FIXED:
+                raise InputError(f"{path} is of a run whose {name} was {was}: {advice}")
+            print_notice(f"{flag_name(name)} was {was}, and is {value} from here on")
 
         self.model.load_state_dict(content["weights"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            load_optimizer(optimizer, state)
+            groups = optimizer.state_dict()["param_groups"]  # from the current settings
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = saved["step"]
         self.log = saved["log"]
-        if self.settings.model.exists():  # else the next model is the best
-            self.best_val_loss = saved["best_val_loss"]
+        self.save_best()  # if the run ended between saving the checkpoint and the model
+
+
+# Settings that a resumed run must have in common with the run that it continues
+FIXED = ("context_length", "n_layer", "n_head", "n_embd", "dropout", "optimizer", "val_fraction")
+# Settings that change nothing in the run
+NOT_COMPARED = ("data", "model", "resume", "device", "tracker")
 
 
 # ----------------------------------------------------------------------------------------
@@ -437,48 +440,19 @@ class Trainer:
 # ----------------------------------------------------------------------------------------
 
 
-def train(trainer: Trainer, losses_to_beat: list[float]) -> None:
-    """Trains until the last step. Only process 0 evaluates, saves and prints."""
-    settings = trainer.settings
-    charts = Charts(trainer)
-    bar = tqdm(
-        total=settings.steps,
-        initial=trainer.step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=True if trainer.rank > 0 else None,  # None: unless standard error is a terminal
-    )
-    with bar:
-        while True:
-            if trainer.evaluation_is_due():
-                row = trainer.evaluate()
-                if trainer.step > 0:  # an untrained model must not replace a trained one
-                    trainer.save()
-                    save_curves(trainer, losses_to_beat)
-                passage = write_passage(trainer.model, trainer, 100)
-                with bar.external_write_mode():
-                    print(describe_row(row), flush=True)
-                print_notice(f"    {' '.join(passage.split())}")
-                charts.add(row, passage)
+def train(trainer: Trainer, report: "Report") -> None:
+    """Trains until the last step. Only process 0 evaluates, saves and reports."""
+    while True:
+        if trainer.evaluation_is_due():
+            row = trainer.evaluate()
+            if trainer.step > 0:  # an untrained model must not replace a trained one
+                trainer.save()
+            report.add(row)
 
-            if trainer.is_finished():
-                break
-            trainer.train_step()
-            bar.update()
-    charts.close()
-
-
-def describe_row(row: dict[str, float]) -> str:
-    bits = row["val_loss"] / math.log(2)
-    return (
-        f"step {row['step']}: train loss {row['train_loss']:.4f}, "
-        f"val loss {row['val_loss']:.4f} ({bits:.2f} bits/char)"
-    )
-
-
-def print_notice(message: str) -> None:
-    """Prints a line on standard error, above the progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+        if trainer.is_finished():
+            return
+        trainer.train_step()
+        report.bar.update()
 
 
 # ----------------------------------------------------------------------------------------
@@ -500,9 +474,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values at most 1
+    x = x.contiguous()  # faster
     for _ in range(5):
-        x2 = x @ x.mT  # (N, rows, rows)
-        x = a * x + (b * x2 + c * x2 @ x2) @ x
+        gram = x @ x.mT  # (N, rows, rows)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b gram + c gram^2) x
     return x
 
 
@@ -530,19 +506,19 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                self.move(p, group)
+                self.update(p, group)
 
-    def move(self, p: Tensor, group: dict[str, Any]) -> None:
+    def update(self, p: Tensor, group: dict[str, Any]) -> None:
         # Average the gradients, and look one step ahead (Nesterov).
-        if "average" not in self.state[p]:
-            self.state[p]["average"] = p.grad.clone()
-        average = self.state[p]["average"]
-        average.lerp_(p.grad, 1 - group["momentum"])  # momentum * average + (1 - momentum) * grad
-        update = p.grad.lerp(average, group["momentum"])
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = p.grad.clone()
+        momentum = group["momentum"]
+        average = self.state[p]["momentum_buffer"]
+        average.lerp_(p.grad, 1 - momentum)  # momentum * average + (1 - momentum) * gradient
+        update = p.grad.lerp(average, momentum)
 
-        # Separate the stacked matrices. Of a tall one take the transpose: then x x^T is the smaller
-        # product, and in both layers of feed-forward a column belongs to a hidden channel. A view
-        # shares its numbers with p.
+        # View stacked matrices as several, and a tall one as its transpose: x x^T is then the
+        # smaller product. A view shares its numbers with p.
         matrices = p.view(group["stacked"], -1, p.size(1))  # (N, rows, columns)
         x = update.view_as(matrices)
         if matrices.size(1) > matrices.size(2):
@@ -550,13 +526,14 @@ class Muon(torch.optim.Optimizer):
 
         x = orthogonalize(x)
 
-        # Make all columns equally long, so that no channel moves faster than others. NorMuon does
-        # the same for the rows of each matrix, the outputs of its layer, with running averages.
+        # Give all columns the same norm. In both layers of feed-forward, a column belongs to a
+        # hidden channel: none moves faster than another. (NorMuon does this for the rows of each
+        # matrix, the outputs of its layer, with running averages.)
         x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
 
-        # Elements of a typical size of 0.2, as in AdamW's updates, so that one learning rate suits
-        # matrices of all shapes and both optimizers (Liu et al.). In a column of length 1 the
-        # typical size is 1 / sqrt(rows).
+        # Scale the elements to a root mean square of 0.2, about that of AdamW's updates, so that
+        # one learning rate suits matrices of all shapes and both optimizers (Liu et al.). In a
+        # column of norm 1 it is 1 / sqrt(rows).
         scale = 0.2 * math.sqrt(x.size(1))
         p.mul_(1 - group["lr"] * group["weight_decay"])
         matrices.sub_(x, alpha=group["lr"] * scale)
@@ -565,61 +542,58 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimizer]:
     """Makes Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all.
 
-    AdamW averages the gradients of each weight, and divides the average by the typical size of
-    that weight's past gradients (Adam: Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980). The
-    W stands for decoupled weight decay, which is not divided by that size (Loshchilov and Hutter,
+    AdamW averages the gradients of each weight, and divides the average by the root mean square
+    of that weight's past gradients (Adam: Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980).
+    The W stands for decoupled weight decay, which is not divided by it (Loshchilov and Hutter,
     2019, https://arxiv.org/abs/1711.05101).
 
-    The embedding and the output layer of the model are matrices too, but each of their rows
-    belongs to one character. In the embedding, the gradient of a character that is not in the
-    batch is 0. Muon would enlarge what is left of it in the average; AdamW lets the row rest. For
-    the output layer AdamW is better in practice (Jordan).
+    The embedding and the output layer are matrices too, but each of their rows belongs to one
+    character, and in practice AdamW is better for them (Jordan).
 
-    Weight decay acts on the matrices of the blocks alone. Norms and biases are few, and an
-    embedding should not shrink because its character is rare.
+    Weight decay acts on the matrices of the blocks alone. Norms and biases are few, and the rows of
+    a rare character should not shrink because it is rare.
+
+    The trainer sets the learning rate at each step.
     """
-    qkv = [block.attention.qkv.weight for block in model.blocks]
-    others = []
-    for block in model.blocks:
-        others.append(block.attention.output.weight)
-        others.append(block.feed_forward.expand.weight)
-        others.append(block.feed_forward.contract.weight)
-    is_matrix = {id(p) for p in qkv + others}
-    rest = [p for p in model.parameters() if id(p) not in is_matrix]
+    qkv, other_matrices, others = [], [], []
+    for name, p in model.named_parameters():
+        if not name.startswith("blocks.") or p.dim() < 2:
+            others.append(p)
+        elif name.endswith("qkv.weight"):
+            qkv.append(p)
+        else:
+            other_matrices.append(p)
 
     decay = settings.weight_decay
-    groups = [{"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": others, "weight_decay": 0.0}]
+    optimizers = []
     if settings.optimizer == "adamw":
-        groups.append({"params": qkv + others, "weight_decay": decay})
-    # Shorter memories than AdamW's usual 0.9 and 0.999: a run has few steps.
-    adamw = torch.optim.AdamW(groups, betas=(0.8, 0.99), fused=True)
-    if settings.optimizer == "adamw":
-        return [adamw]
-
-    muon = Muon(
-        [
+        groups.append({"params": qkv + other_matrices, "weight_decay": decay})
+    else:
+        muon_groups = [
             {"params": qkv, "weight_decay": decay, "stacked": 3},  # queries, keys and values
-            {"params": others, "weight_decay": decay},
+            {"params": other_matrices, "weight_decay": decay},
         ]
-    )
-    return [muon, adamw]
+        optimizers.append(Muon(muon_groups))
+    # Shorter memories than AdamW's usual 0.9 and 0.999: a run has few steps.
+    optimizers.append(torch.optim.AdamW(groups, betas=(0.8, 0.99), fused=True))
+    return optimizers
 
 
 # ----------------------------------------------------------------------------------------
 # What counting can do, and what the model has learned
 # ----------------------------------------------------------------------------------------
 
-LONGEST_NGRAM = 5
+NGRAMS = {1: "unigram", 2: "bigram", 3: "trigram", 4: "4-gram", 5: "5-gram"}
 MAX_COUNTED = 1_000_000  # characters of the training part; more would take too long
-MAX_PREDICTED = 100_000  # characters of the validation part
 
 
-def ngram_losses(train_text: str, val_text: str, vocab_size: int) -> list[float]:
+def ngram_losses(train_text: str, windows: list[str], vocab_size: int) -> dict[str, float]:
     """Returns the losses, in nats, of what counting alone can do: the losses to beat.
 
-    Every character of the validation part is predicted from nothing; from how often it occurs in
-    the training part; from how often it follows the character before it there; the two before it;
-    and so on, to four. These predictions are called uniform, unigram, bigram, trigram, ...
+    Every character of the windows but the first is predicted from nothing ("uniform"); from how
+    often it occurs in the training text ("unigram"); from how often it follows the character
+    before it there ("bigram"); and so on, up to the four before it.
 
     Where a history is rare, Witten-Bell smoothing relies more on the shorter history
     (Witten and Bell, 1991; Chen and Goodman, 1998, section 2.5). With n(h c), how often the
@@ -628,26 +602,29 @@ def ngram_losses(train_text: str, val_text: str, vocab_size: int) -> list[float]
 
         p(c | h) = (n(h c) + k(h) p(c | h without its first character)) / (n(h) + k(h))
     """
-    text = train_text[-LONGEST_NGRAM:] + val_text  # the first characters have histories too
-    first = len(text) - len(val_text)
-    probs = [1 / vocab_size] * len(val_text)
-    losses = [math.log(vocab_size)]
-    for n in range(1, LONGEST_NGRAM + 1):
+    # Each character, after the histories that it has in its window
+    examples = [
+        window[max(0, i + 1 - len(NGRAMS)) : i + 1]
+        for window in windows
+        for i in range(1, len(window))
+    ]
+    probs = [1 / vocab_size] * len(examples)
+    losses = {"uniform": math.log(vocab_size)}
+    for n, name in NGRAMS.items():
         counts = Counter(train_text[i : i + n] for i in range(len(train_text) - n + 1))
-        history_counts = Counter()
-        follower_kinds = Counter()
+        followers = Counter()  # n(h)
+        different_followers = Counter()  # k(h)
         for ngram, count in counts.items():
-            history_counts[ngram[:-1]] += count
-            follower_kinds[ngram[:-1]] += 1
+            followers[ngram[:-1]] += count
+            different_followers[ngram[:-1]] += 1
 
-        for i in range(len(val_text)):
-            end = first + i + 1
-            ngram = text[max(0, end - n) : end]
-            total = history_counts[ngram[:-1]]
-            kinds = follower_kinds[ngram[:-1]]
+        for i, example in enumerate(examples):
+            ngram = example[-n:]
+            total = followers[ngram[:-1]]  # 0 if the history is new, or too short
+            different = different_followers[ngram[:-1]]
             if total > 0:
-                probs[i] = (counts[ngram] + kinds * probs[i]) / (total + kinds)
-        losses.append(-sum(map(math.log, probs)) / len(probs))
+                probs[i] = (counts[ngram] + different * probs[i]) / (total + different)
+        losses[name] = -sum(map(math.log, probs)) / len(probs)
     return losses
 
 
@@ -656,9 +633,7 @@ def loss_by_context(model: GPT, windows: Tensor) -> dict[int, float]:
     """Returns the mean loss by the amount of context: {1: ..., 2: ..., 4: ...}.
 
     The entry for k is the mean over windows, `(N, T + 1)`, and over their characters with k to
-    2 k - 1 characters before them, so it shows how much a longer context helps. The loss of a
-    single character has a standard deviation of about 1.8 nats, and the mean for k one of about
-    1.8 / sqrt(N k).
+    2 k - 1 characters before them, so it shows how much a longer context helps.
     """
     losses = []  # (batch, T) each
     for rows in windows.to(model.lm_head.weight.device).split(32):
@@ -671,7 +646,7 @@ def loss_by_context(model: GPT, windows: Tensor) -> dict[int, float]:
 
 
 def write_passage(model: GPT, trainer: Trainer, length: int) -> str:
-    """Returns a text of the model, always with the same first character and the same draws."""
+    """Returns a text written by a model, from the same first character and by the same draws."""
     first = trainer.eval_windows["val"][:1, :1].to(trainer.device)  # (1, 1)
     generator = torch.Generator().manual_seed(1)
     model.eval()
@@ -680,30 +655,15 @@ def write_passage(model: GPT, trainer: Trainer, length: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------
-# Curves and charts
+# Reports
 # ----------------------------------------------------------------------------------------
 
-LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "gradient_norm")
 PICTURE_TITLE = "Losses of train.py"
 
 
-def save_curves(trainer: Trainer, losses_to_beat: list[float]) -> None:
-    """Writes the log and its picture beside the model. Training goes on if that fails."""
-    try:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(trainer.log)
-        write_file(trainer.settings.beside_model(".csv"), text.getvalue().encode())
-        picture = draw_losses(trainer.log, losses_to_beat)
-        write_file(trainer.settings.beside_model(".png"), picture)
-    except (OSError, ImportError) as error:
-        print_notice(f"the curves could not be saved ({error}); training continues")
-
-
-def draw_losses(log: list[dict[str, float]], losses_to_beat: list[float]) -> bytes:
+def draw_losses(log: list[dict[str, float]], losses_to_beat: dict[str, float]) -> bytes:
     """Draws both losses by step, and what counting achieves. Returns the content of a PNG file."""
-    from matplotlib.figure import Figure  # here, since it takes time
+    from matplotlib.figure import Figure  # imported here: it is slow to import
 
     rows = log[1:]  # from the first steps on: the loss at step 0 is far above
     steps = [row["step"] for row in rows]
@@ -711,10 +671,10 @@ def draw_losses(log: list[dict[str, float]], losses_to_beat: list[float]) -> byt
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per character)")
     axes.plot(steps, [row["train_loss"] for row in rows], ".-", label="training part")
     axes.plot(steps, [row["val_loss"] for row in rows], ".-", label="validation part")
-    for before, loss in enumerate(losses_to_beat[2:], start=1):  # the others are far above, too
-        axes.axhline(loss, color="gray", linestyle="--")
-        label = f"counting, given {before} before"
-        axes.text(steps[-1], loss, label, color="gray", ha="right", va="bottom")
+    for name, loss in losses_to_beat.items():
+        if name not in ("uniform", "unigram"):  # these are far above, too
+            axes.axhline(loss, color="gray", linestyle="--")
+            axes.text(steps[-1], loss, name, color="gray", ha="right", va="bottom")
     axes.legend(loc="lower left")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Title": PICTURE_TITLE})
@@ -724,24 +684,21 @@ def draw_losses(log: list[dict[str, float]], losses_to_beat: list[float]) -> byt
 class AimTracker:
     """Shows runs with aim, https://aimstack.io. Its files are in `.aim`."""
 
-    open_with = "aim up"
+    command = "aim up"
 
-    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, run_name: str, settings: dict[str, str]) -> None:
         import aim
 
         self.make_text = aim.Text
         self.run = aim.Run(repo=ROOT, system_tracking_interval=None, capture_terminal_logs=False)
-        self.run.name = name
+        self.run.name = run_name
         self.run["hparams"] = settings
 
-    def add(self, row: dict[str, float], passage: str | None = None) -> None:
-        step = row["step"]
-        for part in ("train", "val"):  # in one chart
-            self.run.track(row[f"{part}_loss"], "loss", step=step, context={"subset": part})
-        for name in ("learning_rate", "gradient_norm"):
-            self.run.track(row[name], name, step=step)
-        if passage is not None:
-            self.run.track(self.make_text(passage), "passage", step=step)
+    def add_number(self, name: str, value: float, step: int) -> None:
+        self.run.track(value, name, step=step)
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self.run.track(self.make_text(text), name, step=step)
 
     def close(self) -> None:
         self.run.close()
@@ -750,30 +707,16 @@ class AimTracker:
 class TensorBoardTracker:
     """Shows runs with TensorBoard, through `torch.utils.tensorboard`. Its files are in `runs`."""
 
-    open_with = "tensorboard --logdir runs"
+    command = "tensorboard --logdir runs"
 
-    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, run_name: str, settings: dict[str, str]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        directory = ROOT / "runs" / re.sub(r"[^\w=.-]+", "_", name)
-        self.writers = {part: SummaryWriter(directory / part) for part in ("train", "val")}
-        rows = [f"| {setting} | {value} |" for setting, value in settings.items()]
-        table = "\n".join(["| setting | value |", "| --- | --- |", *rows])
-        self.writers["train"].add_text("settings", table)
-
-    def add(self, row: dict[str, float], passage: str | None = None) -> None:
-        step = row["step"]
-        for part, writer in self.writers.items():  # two writers, for one chart
-            writer.add_scalar("loss", row[f"{part}_loss"], step)
-        writer = self.writers["train"]
-        for name in ("learning_rate", "gradient_norm"):
-            writer.add_scalar(name, row[name], step)
-        if passage is not None:
-            writer.add_text("passage", passage, step)
-
-    def close(self) -> None:
-        for writer in self.writers.values():
-            writer.close()
+        self.writer = SummaryWriter(ROOT / "runs" / re.sub(r"[^\w=.-]+", "_", run_name))
+        self.writer.add_text("settings", str(settings))
+        self.add_number = self.writer.add_scalar
+        self.add_text = self.writer.add_text
+        self.close = self.writer.close
 
 
 TRACKERS = {"aim": AimTracker, "tensorboard": TensorBoardTracker}
@@ -787,49 +730,150 @@ def choose_tracker(name: str) -> str:
     return installed[0] if installed else "none"
 
 
-class Charts:
-    """Sends evaluations to the tracker. The first failure ends tracking, and not training."""
+class Report:
+    """Shows how a run goes: a progress bar, printed losses, curves in files, and a tracker.
+
+    If the curves cannot be saved or the tracker fails, that is said in one line, and training
+    goes on.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.name = choose_tracker(trainer.settings.tracker)
+        settings = trainer.settings
+        self.trainer = trainer
+        self.losses_to_beat: dict[str, float] = {}
         self.tracker = None
-        if trainer.rank > 0 or self.name == "none":
-            return
-        settings = {name: str(value) for name, value in asdict(trainer.settings).items()}
-        with self.failure_reported():
-            self.tracker = TRACKERS[self.name](run_name(trainer.settings), settings)
-            for row in trainer.log:  # a resumed run is drawn from its beginning
-                self.tracker.add(row)
+        self.tracker_name = choose_tracker(settings.tracker)
+        if trainer.rank == 0:
+            if self.tracker_name != "none":
+                self.open_tracker()
+            self.describe_start()
+            self.count_losses_to_beat()
+        self.bar = tqdm(
+            total=settings.steps,
+            initial=trainer.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=True if trainer.rank > 0 else None,  # None: unless stderr is a terminal
+        )
 
-    def add(self, row: dict[str, float], passage: str) -> None:
-        if self.tracker is not None:
-            with self.failure_reported():
-                self.tracker.add(row, passage)
-
-    def close(self) -> None:
-        if self.tracker is not None:
-            with self.failure_reported():
-                self.tracker.close()
+    def open_tracker(self) -> None:
+        run_name = " ".join([f"{datetime.now():%Y-%m-%d %H:%M:%S}", *sys.argv[1:]])
+        settings = {name: str(value) for name, value in asdict(self.trainer.settings).items()}
+        with self.tracker_failure_reported():
+            self.tracker = TRACKERS[self.tracker_name](run_name, settings)
+            for row in self.trainer.log:  # a resumed run is drawn from its beginning
+                self.track(row)
 
     @contextlib.contextmanager
-    def failure_reported(self) -> Iterator[None]:
+    def tracker_failure_reported(self) -> Iterator[None]:
         try:
             yield
         except (Exception, SystemExit) as error:  # a tracker can raise anything
             self.tracker = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print_notice(f"{self.name} failed ({reason}); training continues without charts")
+            print_notice(f"{self.tracker_name} failed ({reason}); training goes on without charts")
+
+    def describe_start(self) -> None:
+        trainer = self.trainer
+        settings = trainer.settings
+        if settings.data == SAMPLE:
+            print_notice(
+                "for real books run: python bin/download.py, then bash bin/concatenate.sh, "
+                "then this"
+            )
+        if trainer.step > 0:
+            print_notice(f"continuing at step {trainer.step} of {settings.steps}")
+        elif settings.resume:
+            print_notice(f"there is no checkpoint {settings.checkpoint}: starting at step 0")
+        if trainer.step == 0 and settings.model.exists():
+            print_notice(f"this run will replace {settings.model}: name another --model to keep it")
+
+        characters = len(trainer.train_ids) + len(trainer.val_ids)
+        charts = "no charts" if self.tracker is None else f"charts: {self.tracker.command}"
+        print_notice(
+            f"{settings.data}: {characters:,} characters; {trainer.model.count_parameters():,} "
+            f"parameters; {trainer.device} in {trainer.precision}; {charts}"
+        )
+
+    def count_losses_to_beat(self) -> None:
+        tokenizer = self.trainer.tokenizer
+        train_text = tokenizer.decode(self.trainer.train_ids[-MAX_COUNTED:])
+        windows = [tokenizer.decode(window) for window in self.trainer.eval_windows["val"]]
+        self.losses_to_beat = ngram_losses(train_text, windows, tokenizer.vocab_size)
+        figures = ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses_to_beat.items())
+        print(f"to beat: {figures} (counted in {len(train_text):,} characters)")
+
+    def add(self, row: dict[str, float]) -> None:
+        """Reports an evaluation."""
+        bits = row["val_loss"] / math.log(2)
+        passage = write_passage(self.trainer.model, self.trainer, 100)
+        tqdm.write(
+            f"step {row['step']}: train loss {row['train_loss']:.4f}, "
+            f"val loss {row['val_loss']:.4f} ({bits:.2f} bits/char)"
+        )
+        print_notice(f"    {' '.join(passage.split())}")
+        if row["step"] > 0:
+            self.save_curves()
+        if self.tracker is not None:
+            with self.tracker_failure_reported():
+                self.track(row)
+                self.tracker.add_text("passage", passage, row["step"])
+
+    def track(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self.tracker.add_number(name, value, row["step"])
+
+    def save_curves(self) -> None:
+        """Writes the log and its picture beside the model."""
+        log = self.trainer.log
+        table = io.StringIO()
+        writer = csv.DictWriter(table, log[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+        settings = self.trainer.settings
+        try:
+            write_file(settings.beside_model(".csv"), table.getvalue().encode())
+            write_file(settings.beside_model(".png"), draw_losses(log, self.losses_to_beat))
+        except (InputError, ImportError) as error:
+            print_notice(f"the curves could not be saved ({error}); training goes on")
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.tracker is not None:
+            with self.tracker_failure_reported():
+                self.tracker.close()
 
 
-def run_name(settings: Settings) -> str:
-    """Names a run by its start, and by what differs from the defaults."""
-    start = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    differences = []
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if value != f.default and f.name not in ("device", "tracker"):
-            differences.append(f"{f.name}={value.stem if isinstance(value, Path) else value}")
-    return " ".join([start, *differences])
+CONTEXT_WINDOWS = 1000  # for the losses by context
+
+
+def describe_end(trainer: Trainer) -> None:
+    """Shows what the best model has learned, and says what comes next."""
+    settings = trainer.settings
+    best, _, saved = load_model(settings.model, trainer.device)
+    windows = evaluation_windows(trainer.val_ids, settings.context_length, CONTEXT_WINDOWS)
+    losses = loss_by_context(best, windows)
+    figures = ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items())
+    print(f"by context: {figures}")
+    print_notice(f"a passage by the best model:\n{write_passage(best, trainer, 200)}\n")
+
+    print_notice(
+        f"{settings.model} is the model of step {saved['step']}, with the lowest validation loss, "
+        f"{saved['val_loss']:.4f}; {settings.beside_model('.png')} shows the losses"
+    )
+    model_flag = ""
+    if settings.model != MODEL_PATH:
+        model_flag = f" --model {shlex.quote(str(settings.model))}"
+    print_notice(
+        f"next: python inference.py{model_flag}, or python show_params.py{model_flag}; "
+        "to train longer, add --resume and raise --steps"
+    )
+
+
+def print_notice(message: str) -> None:
+    """Prints a line on standard error, above the progress bar if there is one."""
+    tqdm.write(message, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------
@@ -837,77 +881,49 @@ def run_name(settings: Settings) -> str:
 # ----------------------------------------------------------------------------------------
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> None:
-    """Takes the averages of a saved optimizer, and none of its settings.
-
-    Raises InputError if they do not fit the parameters.
-    """
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": settings})
-    for p, averages in optimizer.state.items():
-        for name, average in averages.items():
-            if average.dim() > 0 and average.shape != p.shape:
-                raise InputError("the optimizer in the checkpoint does not fit the model")
-            averages[name] = average.contiguous()
-
-
 def choose_precision(settings: Settings, device: torch.device) -> str:
-    """Returns "bf16" where it is asked for or fast, else "fp32", the precision of products."""
-    if device.type == "mps":
-        # In bfloat16 its attention lets a character use later ones (pytorch issue 195910).
-        if settings.precision == "bf16":
-            raise InputError("--precision bf16 gives wrong results with --device mps: use fp32")
-        return "fp32"
+    """Returns the precision of matrix products, "fp32" or "bf16".
+
+    Raises InputError for bf16 on mps, where attention in bfloat16 lets a character use later ones
+    (https://github.com/pytorch/pytorch/issues/195910).
+    """
+    if settings.precision == "bf16" and device.type == "mps":
+        raise InputError("--precision bf16 gives wrong results with --device mps: use fp32")
     if settings.precision != "auto":
         return settings.precision
 
+    is_fast = False
     if device.type == "cuda":
-        # In what remains in 32 bits, TF32 rounds the factors of a product to 10 bits, for speed.
-        torch.set_float32_matmul_precision("high")
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Where matrices are small, converting to bf16 and back takes longer than it saves.
-        is_fast = cpu_is_fast_in_bf16() and settings.n_embd >= 128
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # from torch 2.12 on
+        # Intel's processors are fast in bfloat16 only with AMX. Where matrices are small, the
+        # conversions take longer than the faster products save.
+        processor = torch.cpu.get_capabilities()
+        is_intel = "Intel" in processor.get("cpu_name", "")
+        instructions = "amx_bf16" if is_intel else "avx512_bf16"
+        is_fast = processor.get(instructions, False) and settings.n_embd >= 128
     return "bf16" if is_fast else "fp32"
 
 
-def cpu_is_fast_in_bf16() -> bool:
-    """True if the processor has AMX, or is not Intel's and has AVX-512 bfloat16.
-
-    On an Intel processor without AMX, training took 1.5 times as long in bfloat16.
-    """
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch is older than 2.12
-        return False
-    processor = torch.cpu.get_capabilities()
-    if "Intel" in processor.get("cpu_name", ""):
-        return processor.get("amx_bf16", False)
-    return processor.get("avx512_bf16", False)
-
-
 def check_outputs(settings: Settings) -> None:
-    """Raises InputError or OSError now if the files of the run could not be written later.
+    """Raises InputError now if the files of the run could not be written later.
 
     Only files that an earlier run has written are replaced.
     """
+    if settings.model.name.endswith(".train.pth"):
+        raise InputError(f"--model {settings.model}: .train.pth is the ending of a checkpoint")
     for path in (settings.model, settings.checkpoint):
         if path.exists():
-            try:
-                is_checkpoint = "optimizers" in load_content(path)["metadata"]
-            except InputError as error:
-                raise InputError(f"{error}: move it, or name another --model") from error
-            if is_checkpoint != (path == settings.checkpoint):
-                found = "a checkpoint" if is_checkpoint else "a model and not a checkpoint"
-                raise InputError(f"{path} is {found}: move it, or name another --model")
-    marks = {".csv": ",".join(LOG_COLUMNS), ".png": PICTURE_TITLE}
-    for ending, mark in marks.items():
+            load_content(path)  # raises InputError if it is another file
+    for ending, content in ((".csv", "step,train_loss"), (".png", PICTURE_TITLE)):
         path = settings.beside_model(ending)
-        if path.exists() and mark.encode() not in path.read_bytes():
+        if path.exists() and content.encode() not in path.read_bytes():
             raise InputError(f"{path} was not written by train.py: move it, or change --model")
 
-    # A file with the longest of the names shows whether there can be files.
-    trial = settings.beside_model(f".train.pth.{os.getpid()}.trial")
-    write_file(trial, b"")
-    trial.unlink()
+    # Try to write now, under the longest name, rather than fail after the first steps.
+    test_file = settings.beside_model(f".train.pth.{os.getpid()}.test")
+    write_file(test_file, b"")
+    test_file.unlink()
 
 
 # ----------------------------------------------------------------------------------------
@@ -920,14 +936,8 @@ def main() -> None:
     settings = parse_arguments()
     try:
         run(settings)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            sys.stdout.flush()
-            os._exit(0)  # a thread of the process group may still run, and would abort sys.exit
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports an end by Ctrl-C
-    except MemoryError:
-        sys.exit(f"error: {settings.data} does not fit into memory")
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: raise --accumulate, or lower --batch-size")
     except (InputError, FloatingPointError, BrokenPipeError) as error:
@@ -964,91 +974,30 @@ def run(settings: Settings) -> None:
         if settings.device in ("auto", "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process has its own GPU
 
-    try:
-        trainer = Trainer(settings, rank, world)
-    except OSError as error:  # a file that cannot be read or written
-        raise InputError(str(error)) from error
-    losses_to_beat = []
     if rank == 0:
-        describe_start(trainer)
-        losses_to_beat = print_losses_to_beat(trainer)
+        check_outputs(settings)
+    trainer = Trainer(settings, rank, world)
+    if settings.resume and settings.checkpoint.exists():
+        trainer.resume()
+
+    report = Report(trainer)
     try:
-        train(trainer, losses_to_beat)
+        train(trainer, report)
     except KeyboardInterrupt:
-        saved_step = trainer.log[-1]["step"] if trainer.log else 0
-        if saved_step > 0:
-            print_notice(f"stopped; add --resume to continue from step {saved_step}")
+        if len(trainer.log) > 1:
+            print_notice("stopped; add --resume to continue from the last evaluation")
         else:
             print_notice("stopped before the first evaluation: nothing of this run is saved")
         raise
+    finally:
+        report.close()
     if rank == 0:
         describe_end(trainer)
 
-
-def describe_start(trainer: Trainer) -> None:
-    settings = trainer.settings
-    if settings.data == SAMPLE:
-        print_notice(
-            "for real books run: python bin/download.py, then bash bin/concatenate.sh, then this"
-        )
-    if trainer.step > 0:
-        print_notice(f"continuing at step {trainer.step} of {settings.steps}")
-    elif settings.resume:
-        print_notice(f"there is no checkpoint {settings.checkpoint}: starting at step 0")
-    if trainer.step == 0 and settings.model.exists():
-        print_notice(f"this run will replace {settings.model}: name another --model to keep it")
-
-    charts = "no charts"
-    tracker = choose_tracker(settings.tracker)
-    if tracker != "none":
-        directory = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
-        charts = f"charts: {directory}{TRACKERS[tracker].open_with}"
-    characters = len(trainer.train_ids) + len(trainer.val_ids)
-    print_notice(
-        f"{settings.data}: {characters:,} characters; {trainer.model.count_parameters():,} "
-        f"parameters; {trainer.device} in {trainer.precision}; {charts}"
-    )
-
-
-def print_losses_to_beat(trainer: Trainer) -> list[float]:
-    train_ids, val_ids = trainer.train_ids[-MAX_COUNTED:], trainer.val_ids[:MAX_PREDICTED]
-    decode = trainer.tokenizer.decode
-    losses = ngram_losses(decode(train_ids), decode(val_ids), trainer.tokenizer.vocab_size)
-    names = ["uniform", "counting", "given 1 before", "2 before", "3 before", "4 before"]
-    figures = ", ".join(f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=True))
-    part = ""
-    if len(train_ids) < len(trainer.train_ids) or len(val_ids) < len(trainer.val_ids):
-        part = f", from {len(train_ids):,} characters, on {len(val_ids):,}"
-    print(f"to beat: {figures} (nats/char{part})", flush=True)
-    return losses
-
-
-CONTEXT_WINDOWS = 1000  # for the losses by context
-
-
-def describe_end(trainer: Trainer) -> None:
-    """Shows what the best model has learned, and says what comes next."""
-    settings = trainer.settings
-    if not settings.model.exists():  # the run was finished before, and its model was moved
-        return
-    best, _, saved = load_model(settings.model, trainer.device)
-    windows = evaluation_windows(trainer.val_ids, settings.context_length, CONTEXT_WINDOWS)
-    losses = loss_by_context(best, windows)
-    figures = ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items())
-    print(f"by context: {figures}", flush=True)
-    print_notice(f"a passage by the best model:\n{write_passage(best, trainer, 200)}\n")
-
-    print_notice(
-        f"{settings.model} is the model of step {saved['step']}, with the lowest validation loss, "
-        f"{saved['val_loss']:.4f}; {settings.beside_model('.png')} shows the losses"
-    )
-    model_flag = ""
-    if settings.model != MODEL_PATH:
-        model_flag = f" --model {shlex.quote(str(settings.model))}"
-    print_notice(
-        f"next: python inference.py{model_flag}, or python show_params.py{model_flag}; "
-        "to train longer, add --resume and raise --steps"
-    )
+    if world > 1:
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # a thread of the process group may still run, and would abort sys.exit
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What holds for model.py, in its order: sizes, characters, positions, attention, model, files."""
 
+import errno
 import hashlib
 import io
 import math
@@ -574,16 +575,24 @@ def test_a_model_of_an_edited_model_py_is_refused_with_what_is_missing(path, mon
         load_model(path)
 
 
+def test_a_model_saved_on_a_gpu_loads_on_a_machine_without_one(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        save_small_model(path, small_model())
+    model, _, _ = load_model(path)
+    assert model.lm_head.weight.device.type == "cpu"
+
+
 def test_what_cannot_be_saved_leaves_the_old_file_and_nothing_else(path, monkeypatch):
     before = path.read_bytes()
     with pytest.raises((pickle.PicklingError, AttributeError)):
         save_small_model(path, small_model(), function=lambda: None)
 
     def fail(*_: Any) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match="cannot be written: no space left"):
         save_small_model(path, small_model())
     assert path.read_bytes() == before
     assert names_in(path.parent) == ["m.pth"]

@@ -66,7 +66,7 @@ def test_a_reader_that_leaves_ends_it_without_a_traceback(trained):
         ("--nonsense", 2, "--nonsense"),
         ("--model=none.pth", 1, "there is no none.pth: to train a model, run python train.py"),
         ("--model=train.py", 1, "train.py is damaged, or is not a model of this project"),
-        ("--model=.", 1, "'.'"),
+        ("--model=.", 1, ". cannot be read"),
     ],
 )
 def test_wrong_input_is_one_line_that_names_it(trained, flag, status, reason):

@@ -21,7 +21,7 @@ from conftest import SMALL_RUN, Project, posix_only
 from torch.nn import functional as F
 
 import train
-from model import InputError, load_content, load_model, save_model
+from model import InputError, load_content, load_model
 from train import (
     Muon,
     Settings,
@@ -30,7 +30,6 @@ from train import (
     loss_by_context,
     ngram_losses,
     orthogonalize,
-    run_name,
     split_text,
 )
 
@@ -53,6 +52,12 @@ def small_settings(project: Project, **changes: object) -> Settings:
         "device": "cpu",
     }
     return Settings(**{**settings, **changes})
+
+
+def resume(settings: Settings) -> Trainer:
+    trainer = Trainer(settings)
+    trainer.resume()
+    return trainer
 
 
 def take_steps(trainer: Trainer, last_step: int) -> None:
@@ -124,25 +129,25 @@ def witten_bell(training: str, vocabulary: str, history: str | None, character: 
 
 
 @pytest.mark.parametrize(
-    ("training", "validation"),
+    ("training", "windows"),
     [
-        ("the ship went far into the old night and the moon", "then it went far"),
-        ("ab", "ba"),
-        ("aaaa", "aa"),
-        ("中文字母中文母字中文字母", "字中文字Ж"),
+        ("the ship went far into the old night and the moon", ["then it went", "far the m"]),
+        ("ab", ["ba"]),
+        ("aaaa", ["aaaaaaa"]),
+        ("中文字母中文母字中文字母", ["字中文字Ж", "中文字"]),
     ],
 )
-def test_the_losses_to_beat_are_those_of_counting(training, validation):
-    vocabulary = "".join(sorted(set(training + validation)))
-    whole = training + validation
-    expected = [math.log(len(vocabulary))]
-    for before in range(5):
+def test_the_losses_to_beat_are_those_of_counting(training, windows):
+    vocabulary = "".join(sorted(set(training + "".join(windows))))
+    expected = {"uniform": math.log(len(vocabulary))}
+    for before, name in enumerate(["unigram", "bigram", "trigram", "4-gram", "5-gram"]):
         losses = []
-        for i in range(len(training), len(whole)):
-            history = whole[max(0, i - before) : i]
-            losses.append(-math.log(witten_bell(training, vocabulary, history, whole[i])))
-        expected.append(sum(losses) / len(losses))
-    assert ngram_losses(training, validation, len(vocabulary)) == pytest.approx(expected)
+        for window in windows:
+            for i in range(1, len(window)):
+                history = window[max(0, i - before) : i]
+                losses.append(-math.log(witten_bell(training, vocabulary, history, window[i])))
+        expected[name] = sum(losses) / len(losses)
+    assert ngram_losses(training, windows, len(vocabulary)) == pytest.approx(expected)
 
 
 # Optimizers
@@ -256,14 +261,24 @@ def test_the_parts_of_a_batch_add_up_to_the_batch(project):
         torch.testing.assert_close(three_parts.grad_norm, whole.grad_norm, atol=1e-4, rtol=1e-4)
 
 
-def test_a_batch_is_windows_of_the_training_part_that_cover_all_of_it(project):
-    trainer = Trainer(small_settings(project, batch_size=2000))
-    trainer.train_ids = torch.arange(40)
-    starts = set()
-    for row in trainer.get_batch().tolist():
-        assert row == list(range(row[0], row[0] + 17))
-        starts.add(row[0])
-    assert starts == set(range(40 - 16))
+@pytest.mark.parametrize("length", [17, 18, 33, 40, 64, 65, 200])
+def test_an_epoch_reads_each_character_once_and_begins_anywhere(project, length):
+    trainer = Trainer(small_settings(project, batch_size=5))
+    trainer.train_ids = torch.arange(length)
+    starts = []
+    for trainer.step in range(400):
+        for window in trainer.get_batch().tolist():
+            assert window == list(range(window[0], window[0] + 17))
+            starts.append(window[0])
+
+    count = max(1, (length - 1) // 16 - 1)
+    epochs = [starts[i : i + count] for i in range(0, len(starts) - count + 1, count)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(min(epoch), min(epoch) + 16 * count, 16))
+    assert {min(epoch) for epoch in epochs} == set(range(length - 16 * count))
+    if count > 1:
+        assert any(epoch != sorted(epoch) for epoch in epochs)
+        assert len({tuple(start - min(epoch) for start in epoch) for epoch in epochs}) > 1
 
 
 def test_processes_share_a_batch(project):
@@ -285,7 +300,7 @@ def test_a_run_resumed_twice_equals_one_that_was_not_interrupted(
     take_steps(uninterrupted, 7)
 
     for last_step in (2, 3, 7):
-        trainer = Trainer(dataclasses.replace(settings, resume=last_step > 2))
+        trainer = Trainer(settings) if last_step == 2 else resume(settings)
         take_steps(trainer, last_step)
         trainer.evaluate()
         trainer.save()
@@ -382,78 +397,71 @@ def save_first_checkpoint(project: Project) -> None:
 def test_resuming_with_another_value_of_a_fixed_setting_is_refused_by_name(project, name, value):
     save_first_checkpoint(project)
     with pytest.raises(InputError, match=rf"of a run whose {name} was"):
-        Trainer(small_settings(project, resume=True, **{name: value}))
+        resume(small_settings(project, **{name: value}))
 
 
-def test_resuming_on_another_text_is_refused_and_with_other_settings_possible(project):
+def test_resuming_on_another_text_is_refused_and_with_other_settings_possible(project, capsys):
     save_first_checkpoint(project)
-    Trainer(small_settings(project, resume=True, steps=20, learning_rate=0.1, weight_decay=0.0))
-    project.text_file.write_text(project.text[::-1], encoding="utf-8")
-    with pytest.raises(InputError, match=r"whose text was another"):
-        Trainer(small_settings(project, resume=True))
-
-
-def test_a_model_cannot_be_resumed_as_a_checkpoint(project):
-    save_first_checkpoint(project)
-    project.model.rename(project.checkpoint)
-    with pytest.raises(InputError, match="is a model and not a checkpoint"):
-        Trainer(small_settings(project, resume=True))
-
-
-def test_of_a_checkpoints_optimizer_only_fitting_averages_are_taken(project):
-    save_first_checkpoint(project)
-    model, tokenizer, metadata = load_model(project.checkpoint)
-    resumed = Trainer(small_settings(project, resume=True, weight_decay=0.7))
+    resumed = resume(small_settings(project, steps=20, learning_rate=0.1, weight_decay=0.7))
     assert resumed.optimizers[0].param_groups[0]["weight_decay"] == 0.7
-
-    metadata["optimizers"][1][0]["exp_avg"] = torch.zeros(3)
-    save_model(project.checkpoint, model, tokenizer, **metadata)
-    with pytest.raises(InputError, match="does not fit"):
-        Trainer(small_settings(project, resume=True))
-
-
-def test_a_run_whose_best_model_was_moved_saves_the_next_best(project):
-    project.train()
-    project.model.rename(project.directory / "moved.pth")
-    project.train("--resume", "--steps=9", "--learning-rate=1")
-    assert load_model(project.model)[2]["step"] == 9
+    assert capsys.readouterr().err.splitlines() == [
+        "--steps was 8, and is 20 from here on",
+        f"--learning-rate was {Settings.learning_rate}, and is 0.1 from here on",
+        "--weight-decay was 0.4, and is 0.7 from here on",
+    ]
+    project.text_file.write_text(project.text[::-1], encoding="utf-8")
+    with pytest.raises(InputError, match="with another text"):
+        resume(small_settings(project))
 
 
-def test_a_resumed_run_keeps_its_checkpoint_until_there_is_a_new_one(project, monkeypatch):
-    save_first_checkpoint(project)
-    project.model.unlink()
-    trainer = Trainer(small_settings(project, resume=True))
-    take_steps(trainer, 6)
-    trainer.evaluate()
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(train, "save_model", fail)
-    with pytest.raises(InputError, match="step 6 cannot be saved: no space left"):
-        trainer.save()
-    assert load_content(project.checkpoint)["metadata"]["step"] == 3
-
-
-def test_a_finished_run_whose_model_was_moved_can_be_resumed(project):
-    project.train()
+def test_a_resumed_run_whose_model_was_moved_saves_one(project):
+    done = project.train()
     project.model.rename(project.directory / "moved.pth")
     project.train("--resume")
+    assert load_model(project.model)[2]["step"] == 6
+    assert "of step 6" in done.stderr
 
 
-def test_a_new_run_removes_the_old_checkpoint_before_it_saves_its_first_model(project, monkeypatch):
-    project.train()
+def fail_to_save(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Lets a call of save_model fail, the first being call 0."""
+    save_model = train.save_model
+    calls = []
+
+    def save_or_fail(*args: object, **metadata: object) -> None:
+        calls.append(args)
+        if len(calls) == call + 1:
+            raise InputError("no space left")
+        save_model(*args, **metadata)
+
+    monkeypatch.setattr(train, "save_model", save_or_fail)
+
+
+def test_a_run_that_ends_between_its_checkpoint_and_its_model_saves_the_model_when_resumed(
+    project, monkeypatch
+):
+    project.train("--n-layer=1")  # an earlier run, whose model is there
     trainer = Trainer(small_settings(project))
     take_steps(trainer, 3)
     trainer.evaluate()
-
-    def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "save_model", fail)
-    with pytest.raises(KeyboardInterrupt):
+    fail_to_save(monkeypatch, call=1)
+    with pytest.raises(InputError, match="no space left"):
         trainer.save()
-    assert not project.checkpoint.exists()
+    assert load_model(project.model)[0].config.n_layer == 1
+
+    resume(small_settings(project))
+    assert_same_weights(project.model, project.checkpoint)
+
+
+def test_a_checkpoint_that_cannot_be_saved_leaves_the_earlier_one(project, monkeypatch):
+    save_first_checkpoint(project)
+    trainer = resume(small_settings(project))
+    take_steps(trainer, 6)
+    trainer.evaluate()
+    fail_to_save(monkeypatch, call=0)
+    with pytest.raises(InputError, match="no space left"):
+        trainer.save()
+    assert load_content(project.checkpoint)["metadata"]["step"] == 3
+    assert load_model(project.model)[2]["step"] == 3
 
 
 # The program
@@ -487,7 +495,9 @@ def test_a_run_says_what_it_trains_what_to_beat_what_it_learned_and_what_comes_n
     assert f"python inference.py --model {shlex.quote(str(path))}" in done.stderr
 
     lines = done.stdout.splitlines()
-    assert re.fullmatch(r"to beat: uniform \d\.\d{3}, counting .*\(nats/char\)", lines[0])
+    assert re.fullmatch(
+        r"to beat: uniform \d\.\d{3}, unigram .* 5-gram .* \(counted in .* characters\)", lines[0]
+    )
     assert re.fullmatch(r"by context: 1: \d+\.\d\d, 2: .*, 8: \d+\.\d\d", lines[-1])
     passage = done.stderr.split("a passage by the best model:\n")[1].split(f"\n\n{path}")[0]
     assert len(passage) == 200
@@ -630,7 +640,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(project, interrupt):
         stream.close()
     if interrupt is press_ctrl_c:
         assert process.returncode == 130
-        assert re.search(r"stopped; add --resume to continue from step [1-9]\d*\n$", stderr)
+        assert stderr.endswith("stopped; add --resume to continue from the last evaluation\n")
 
     last = load_content(project.checkpoint)["metadata"]["step"] + 20
     project.train(*flags, "--resume", f"--steps={last}", "--learning-rate=0.01")
@@ -685,12 +695,10 @@ def test_two_processes_that_are_killed_resume_to_the_same_end(project):
     shorter = project.directory / "parts.pth"
     script = project.directory / "train.py"
     text = script.read_text(encoding="utf-8")
-    dying = text.replace(
-        "            bar.update()", "            bar.update()\n            die(trainer)"
-    )
+    update = "        report.bar.update()\n"
+    die = "        if trainer.step == 5:\n            os.kill(os.getpid(), 9)\n"
+    dying = text.replace(update, update + die)
     assert dying != text
-    function = "\n\ndef die(trainer):\n    if trainer.step == 5:\n        os.kill(os.getpid(), 9)\n"
-    dying = dying.replace("def describe_row(", function.strip() + "\n\n\ndef describe_row(")
     script.write_text(dying, encoding="utf-8")
     assert torchrun(project, 2, *flags, f"--model={shorter}").returncode != 0
     script.write_text(text, encoding="utf-8")
@@ -739,45 +747,53 @@ def test_what_cannot_be_drawn_or_logged_is_one_line_and_training_goes_on(project
 class RecordingTracker:
     """A tracker that keeps what it gets, and fails where it is told to."""
 
+    command = "look"
     fails_in = ""
-    calls: list[tuple[str, int]]
+    calls: list[tuple[str, str, int]]
 
-    def __init__(self, name: str, settings: dict) -> None:
+    def __init__(self, run_name: str, settings: dict) -> None:
         RecordingTracker.calls = []
-        self.record("open", 0)
+        self.record("open", run_name, 0)
 
-    def record(self, method: str, step: int) -> None:
-        self.calls.append((method, step))
+    def record(self, method: str, name: str, step: int) -> None:
+        self.calls.append((method, name, step))
         if method == self.fails_in:
             raise OSError("no\nspace")
 
-    def add(self, row: dict, passage: str | None = None) -> None:
-        self.record("add" if passage else "replay", row["step"])
+    def add_number(self, name: str, value: float, step: int) -> None:
+        self.record("number", name, step)
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self.record("text", name, step)
 
     def close(self) -> None:
-        self.record("close", 0)
+        self.record("close", "", 0)
 
 
-def run_with_recorder(project: Project, monkeypatch: pytest.MonkeyPatch, resume: bool) -> None:
+def run_with_recorder(project: Project, monkeypatch: pytest.MonkeyPatch, is_resumed: bool) -> None:
     monkeypatch.setitem(train.TRACKERS, "aim", RecordingTracker)
-    trainer = Trainer(small_settings(project, tracker="aim", resume=resume, steps=9))
-    train.train(trainer, losses_to_beat=[2.0] * 6)
+    settings = small_settings(project, tracker="aim", resume=is_resumed, steps=9)
+    train.run(settings)
 
 
 def test_a_resumed_run_is_drawn_from_its_beginning(project, monkeypatch):
     project.train("--batch-size=12", "--steps=6")
-    run_with_recorder(project, monkeypatch, resume=True)
-    replayed = [("replay", step) for step in (0, 3, 6)]
-    assert RecordingTracker.calls == [("open", 0), *replayed, ("add", 9), ("close", 0)]
+    run_with_recorder(project, monkeypatch, is_resumed=True)
+    losses = [step for method, name, step in RecordingTracker.calls if name == "val_loss"]
+    assert losses == [0, 3, 6, 9]
+    assert [call for call in RecordingTracker.calls if call[0] == "text"] == [
+        ("text", "passage", 9)
+    ]
+    assert RecordingTracker.calls[-1][0] == "close"
 
 
-@pytest.mark.parametrize("method", ["open", "add", "close"])
+@pytest.mark.parametrize("method", ["open", "number", "text", "close"])
 def test_a_tracker_that_fails_is_one_line_and_training_ends_with_its_model(
     project, monkeypatch, capsys, method
 ):
     monkeypatch.setattr(RecordingTracker, "fails_in", method)
-    run_with_recorder(project, monkeypatch, resume=False)
-    notice = "aim failed (OSError: no space); training continues without charts"
+    run_with_recorder(project, monkeypatch, is_resumed=False)
+    notice = "aim failed (OSError: no space); training goes on without charts"
     assert capsys.readouterr().err.splitlines().count(notice) == 1
     assert load_content(project.checkpoint)["metadata"]["step"] == 9
 
@@ -801,12 +817,6 @@ def test_auto_takes_the_first_tracker_that_is_installed(monkeypatch):
         assert train.choose_tracker("auto") == expected
 
 
-def test_a_run_is_named_by_its_start_and_by_what_differs_from_the_defaults():
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:]+", run_name(Settings()))
-    settings = Settings(n_head=1, model=Path("models/mine.pth"), tracker="none")
-    assert run_name(settings).endswith(" model=mine n_head=1")
-
-
 def train_with_tracker(project: Project, tracker: str, *flags: str) -> str:
     """Trains in a process of its own, whose trackers write into the project."""
     with project.start_training(f"--tracker={tracker}", *flags) as process:
@@ -826,16 +836,13 @@ def test_aim_shows_both_losses_of_a_run(project):
     reindex = [command, "storage", "--repo", str(project.directory), "reindex"]
     subprocess.run(reindex, input=b"y", capture_output=True, check=True)  # as aim up does
     (run,) = aim.Repo(str(project.directory)).iter_runs()
-    metrics = {
-        (metric.name, metric.context.to_dict().get("subset")): metric for metric in run.metrics()
-    }
-    numbers = [("learning_rate", None), ("gradient_norm", None)]
-    assert set(metrics) == {("loss", "train"), ("loss", "val"), *numbers}
-    for column, part in ((1, "train"), (2, "val")):
-        steps, (losses, *_) = metrics["loss", part].data.numpy()
+    metrics = {metric.name: metric for metric in run.metrics()}
+    assert set(metrics) == {"train_loss", "val_loss", "learning_rate", "gradient_norm"}
+    for column, name in ((1, "train_loss"), (2, "val_loss")):
+        steps, (losses, *_) = metrics[name].data.numpy()
         assert steps.tolist() == [0, 3, 6]
         assert losses.tolist() == pytest.approx([line[column] for line in lines], abs=1e-4)
-    assert "n_layer=2" in run.name
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:]{8} .*--n-layer=2 .*", run.name)
     assert run["hparams"]["n_layer"] == "2"
     passages = run.get_text_sequence("passage", Context({})).data.numpy()[1][0]
     assert [len(passage.data) for passage in passages] == [100] * 3
@@ -847,15 +854,15 @@ def test_tensorboard_shows_both_losses_of_a_run(project):
 
     lines = evaluations(train_with_tracker(project, "tensorboard"))
     (run,) = (project.directory / "runs").iterdir()
-    events = {part: EventAccumulator(str(run / part)).Reload() for part in ("train", "val")}
-    for column, part in ((1, "train"), (2, "val")):
-        losses = events[part].Scalars("loss")
+    events = EventAccumulator(str(run)).Reload()
+    names = {"train_loss", "val_loss", "learning_rate", "gradient_norm"}
+    assert set(events.Tags()["scalars"]) == names
+    for column, name in ((1, "train_loss"), (2, "val_loss")):
+        losses = events.Scalars(name)
         assert [event.step for event in losses] == [0, 3, 6]
         expected = [line[column] for line in lines]
         assert [event.value for event in losses] == pytest.approx(expected, abs=1e-4)
-    assert set(events["train"].Tags()["scalars"]) == {"loss", "learning_rate", "gradient_norm"}
-    texts = events["train"].Tags()["tensors"]
-    assert {"settings/text_summary", "passage/text_summary"} <= set(texts)
+    assert {"settings/text_summary", "passage/text_summary"} <= set(events.Tags()["tensors"])
 
 
 # Wrong input
@@ -881,8 +888,8 @@ WRONG_SETTINGS = [
     ("--accumulate=3", "--accumulate"),
     ("--device=toaster", "--device toaster"),
     ("--data=missing.txt", "missing.txt"),
-    ("--data=.", "'.'"),
-    ("--model=.", "'.'"),
+    ("--data=bin/..", "cannot be read"),
+    ("--model=.", "error: . cannot be read"),
     ("--model=train.py/m.pth", "train.py"),
     (f"--model={'m' * 245}.pth", "mmm"),
 ]
@@ -923,7 +930,8 @@ def test_a_file_that_is_not_of_a_run_is_never_replaced(project, ending):
 def test_a_checkpoint_of_another_run_is_never_replaced_by_a_model(project):
     project.train()
     before = project.checkpoint.read_bytes()
-    assert str(project.checkpoint) in project.train("--model", project.checkpoint, status=1).stderr
+    done = project.train("--model", project.checkpoint, status=1)
+    assert "the ending of a checkpoint" in done.stderr
     assert project.checkpoint.read_bytes() == before
 
 
@@ -946,13 +954,13 @@ def test_a_model_of_another_model_py_can_be_replaced(project):
     )
 
 
-def test_too_little_memory_names_the_cause(project, monkeypatch):
+def test_a_text_that_does_not_fit_into_memory_is_named(project, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pathlib.Path.read_text", fail)
-        assert f"{project.text_file} does not fit" in project.train(status=1).stderr
+    monkeypatch.setattr("pathlib.Path.read_text", fail)
+    error = project.train(status=1).stderr
+    assert f"{project.text_file} cannot be read: MemoryError" in error
 
 
 # Mistakes in edited code
