@@ -1,15 +1,16 @@
 """A GPT-2 style, character-level language model, from scratch. Read it from top to bottom.
 
 The model reads a text and gives, at each position, a score to every character that could come
-next. To write, draw a character by these scores, append it, and read again.
+next. To write, draw a character by these scores, append it, and read again: the model is
+autoregressive.
 
 Inside, each character is a vector of C numbers. Blocks change the vectors: attention lets each
 gather from the earlier ones, feed-forward transforms each alone. A last layer turns each vector
 into the scores.
 
 The architecture is GPT-2's: the decoder of "Attention Is All You Need", without the encoder and
-the attention to it, and with the norms moved to the front. The function differs from GPT-2's in
-two things: positions are encoded by fixed sines and cosines instead of learned vectors, and the
+the cross-attention to it, and with the norms in front (pre-norm). The function differs from GPT-2's
+in two things: positions are encoded by fixed sines and cosines instead of learned vectors, and the
 output layer has weights of its own.
 
 Papers, as cited below:
@@ -197,8 +198,8 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes `weights(q, k) @ v`, `(B, H, T, D)`, with one function of torch.
 
-        The model calls this, since it is faster and never holds all weights. `weights` is there
-        to be read, and for looking at the weights of a trained model.
+        The model calls this, since it is faster and takes less memory. `weights` is there to be
+        read, and for looking at the weights of a trained model.
         """
         if q.is_cpu and torch.is_autocast_enabled("cpu"):
             # On a CPU the gradient of this function takes 3 to 7 times as long in bfloat16.
@@ -254,7 +255,7 @@ class MultiHeadAttention(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------
-# 5 The block
+# 5 Feed-forward and the block
 # ----------------------------------------------------------------------------------------
 
 
@@ -285,8 +286,9 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention between the characters, then feed-forward on each, [GPT-2] section 2.3.
 
-    Each of the two adds its result to x. Through these sums, the residual connections, gradients
-    have a direct path to every layer, and a block has to learn only what to change.
+    Each of the two adds its result to x, the residual stream. Through these sums, the residual
+    connections, gradients have a direct path to every layer, and a block has to learn only what to
+    change.
 
     A LayerNorm gives each vector mean 0 and variance 1, then a learned scale and shift, so that
     attention and feed-forward see inputs of one size, however large x has grown. It stands in front
@@ -307,7 +309,9 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:  # (B, T, C), twice
+    def forward(
+        self, x: Tensor, cache: "KVCache | None" = None
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return x
@@ -331,11 +335,11 @@ class GPT(nn.Module):
         self.register_buffer("positions", positions, persistent=False)  # a constant, not saved
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
-        # In training x comes to grow with every block: the last norm brings it to one size again.
+        # During training, x grows from block to block: this norm brings it back to one size.
         self.final_norm = nn.LayerNorm(C)
         # The scores of the characters. GPT-2 ties this layer to the embedding: both use one tensor
-        # of weights. That saves V C parameters, tens of millions with GPT-2's vocabulary but about
-        # 1 % here, and the two should begin with weights of a different size: see init_weights.
+        # of weights. That saves V C parameters, tens of millions with GPT-2's vocabulary but 1.5 %
+        # of all here, and the two should begin with weights of a different size: see init_weights.
         self.lm_head = nn.Linear(C, V, bias=False)
         self.init_weights()
 
@@ -370,9 +374,9 @@ class GPT(nn.Module):
 
         Returns:
             The scores, called logits, `(B, T, V)`. A softmax turns them into probabilities. The
-            loss in nats, units of the natural logarithm: the mean of -log p(target). It is 0 if
-            every target was certain, and ln V if all characters were equally likely. None
-            without targets.
+            loss is the cross-entropy in nats, units of the natural logarithm: the mean of
+            -log p(target). It is 0 if the model gave every target a probability of 1, and ln V if
+            all characters were equally likely. None without targets.
 
         Raises:
             ValueError: if there are more characters than fit the context.

@@ -94,9 +94,7 @@ class Settings:
     n_layer: int = setting(GPTConfig.n_layer, "blocks", minimum=1)
     n_head: int = setting(GPTConfig.n_head, "attention heads in each block", minimum=1)
     n_embd: int = setting(GPTConfig.n_embd, "channels", minimum=1)
-    dropout: float = setting(
-        0.0, "share of activations dropped in training", minimum=0, maximum=0.99
-    )
+    dropout: float = setting(0.0, "share of activations dropped", minimum=0, maximum=0.99)
 
     # The optimizer of the blocks' matrices. AdamW trains the rest in any case.
     optimizer: str = setting("muon", "for the blocks' matrices", choices=("muon", "adamw"))
@@ -108,12 +106,8 @@ class Settings:
     # The norm falls from 1.3 to about 0.5 in 100 steps: later, only an unusual batch is clipped.
     grad_clip: float = setting(1.0, "larger gradients are scaled down to this norm", minimum=1e-9)
 
-    eval_interval: int = setting(
-        100, "steps between evaluations, each with a checkpoint", minimum=1
-    )
-    val_fraction: float = setting(
-        0.1, "share of the text held out, its end", minimum=0.001, maximum=0.999
-    )
+    eval_interval: int = setting(100, "steps between evaluations and checkpoints", minimum=1)
+    val_fraction: float = setting(0.1, "share of the text held out", minimum=0.001, maximum=0.999)
 
     # The machine
     seed: int = setting(1, "makes a run repeatable")
@@ -152,6 +146,12 @@ class Settings:
 
 def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
+
+
+# Settings that a resumed run must have in common with the run that it continues
+FIXED = ("context_length", "n_layer", "n_head", "n_embd", "dropout", "optimizer", "val_fraction")
+# Settings that change nothing in the run
+NOT_COMPARED = ("data", "model", "resume", "device", "tracker")
 
 
 # ----------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ class Trainer:
         content = load_content(path)
         saved = content["metadata"]
         advice = "use the same, or start a new run without --resume"
-        if saved["text_digest"] != self.text_digest:
+        if saved.get("text_digest") != self.text_digest:
             raise InputError(f"{path} is of a run with another text: {advice}")
         for name, was in saved["settings"].items():
             value = str(getattr(self.settings, name))
@@ -418,7 +418,8 @@ class Trainer:
                 continue
             if name in FIXED:
                 raise InputError(f"{path} is of a run whose {name} was {was}: {advice}")
-            print_notice(f"{flag_name(name)} was {was}, and is {value} from here on")
+            if self.rank == 0:
+                print_notice(f"{flag_name(name)} was {was}, and is {value} from here on")
 
         self.model.load_state_dict(content["weights"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -426,13 +427,8 @@ class Trainer:
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = saved["step"]
         self.log = saved["log"]
-        self.save_best()  # if the run ended between saving the checkpoint and the model
-
-
-# Settings that a resumed run must have in common with the run that it continues
-FIXED = ("context_length", "n_layer", "n_head", "n_embd", "dropout", "optimizer", "val_fraction")
-# Settings that change nothing in the run
-NOT_COMPARED = ("data", "model", "resume", "device", "tracker")
+        if self.rank == 0:
+            self.save_best()  # if the run ended between saving the checkpoint and the model
 
 
 # ----------------------------------------------------------------------------------------
@@ -994,7 +990,7 @@ def run(settings: Settings) -> None:
     if rank == 0:
         describe_end(trainer)
 
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)  # a thread of the process group may still run, and would abort sys.exit
