@@ -5,8 +5,8 @@ next. To write, draw a character by these scores, append it, and read again: the
 autoregressive.
 
 Inside, each character is a vector of C numbers. Blocks change the vectors: attention lets each
-gather from the earlier ones, feed-forward transforms each alone. A last layer turns each vector
-into the scores.
+vector take from the vectors before it, and feed-forward transforms each vector on its own. A last
+layer turns each vector into the scores.
 
 The architecture is GPT-2's: the decoder of "Attention Is All You Need", without the encoder and
 the cross-attention to it, and with the norms in front (pre-norm). The function differs from GPT-2's
@@ -24,7 +24,7 @@ Sizes, as in the comments at the end of lines:
     B  batch: texts computed side by side      H  attention heads
     T  time: characters of each text           D  channels of a head, C / H
     C  channels: numbers for each character    V  vocabulary: different characters
-    S  source: characters that T characters can look at; more than T where some were read before
+    S  source: these T characters and those read before them, whose keys and values are cached
 """
 
 import hashlib
@@ -150,8 +150,8 @@ def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
     """Returns `(T, S)`, True where a query may use a key, for the last T characters of S.
 
     The last query belongs to the last character and may use every key; the query before it may
-    use all keys but the last, and so on. On the left all of three characters have a query. On the
-    right the first was read before, and only the last two have one:
+    use all keys but the last, and so on. On the left nothing was read before. On the right the
+    first of three characters was, so only two have a query:
 
         T = S = 3           T = 2, S = 3
 
@@ -630,10 +630,10 @@ def load_model(
     """
     content = load_content(path)
     tokenizer = CharTokenizer(content["vocabulary"])
-    model = GPT(GPTConfig(**content["config"]))
     try:
+        model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["weights"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} was trained with another model.py: {reason}") from error
     return model.to(device).eval(), tokenizer, content["metadata"]

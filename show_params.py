@@ -14,9 +14,9 @@ MEANINGS = {
     "norm.weight": "scales each channel of a vector after it was normalized",
     "norm.bias": "shifts each channel of a vector after it was normalized",
     "attention.qkv.weight": "computes a query, a key and a value from each vector",
-    "attention.qkv.bias": "is added to them",
+    "attention.qkv.bias": "is added to the queries, keys and values",
     "attention.output.weight": "mixes what the heads have found",
-    "attention.output.bias": "is added to it",
+    "attention.output.bias": "is added to the mixture",
     "feed_forward.expand.weight": "detects patterns in a vector, four times as many as channels",
     "feed_forward.expand.bias": "is added, so that a pattern is found more or less easily",
     "feed_forward.contract.weight": "turns the patterns found into a change of the vector",
@@ -67,7 +67,7 @@ def show_settings(model: GPT, tokenizer: CharTokenizer, metadata: dict[str, Any]
     print()
     for name, value in asdict(model.config).items():
         print(f"{name}: {value}")
-    print(f"step: {metadata['step']}")
+    print(f"step: {metadata.get('step')}")
     print(f"known characters: {tokenizer.describe()}")
 
 

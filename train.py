@@ -20,10 +20,9 @@ import io
 import math
 import os
 import re
-import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -71,8 +70,8 @@ def setting(
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A field of the settings, with its line of help and the values that it accepts."""
-    limits = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
-    return field(default=default, metadata=limits)
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Settings:
     # The amount of work
     steps: int = setting(750, "steps of the optimizer", minimum=1)
     batch_size: int = setting(16, "windows of text in each step", minimum=1)
-    accumulate: int = setting(1, "split each batch into this many parts, to save memory", minimum=1)
+    accumulate: int = setting(1, "gradient accumulation: parts of each batch", minimum=1)
 
     # The model. A larger one learns more from each character, but reads fewer in the same time.
     context_length: int = setting(GPTConfig.context_length, "characters in a window", minimum=1)
@@ -97,10 +96,10 @@ class Settings:
     dropout: float = setting(0.0, "share of activations dropped", minimum=0, maximum=0.99)
 
     # The optimizer of the blocks' matrices. AdamW trains the rest in any case.
-    optimizer: str = setting("muon", "for the blocks' matrices", choices=("muon", "adamw"))
+    optimizer: str = setting("muon", "of the blocks' matrices", choices=("muon", "adamw"))
     learning_rate: float = setting(0.02, "the peak learning rate; for adamw try 0.007", minimum=0)
-    # Muon averages about 10 gradients. The first averages hold fewer and are noisier, but its steps
-    # would be just as large: so the rate begins low.
+    # Muon's updates have the same size however noisy its average of gradients is. The first
+    # averages hold few gradients, so the rate begins low.
     warmup_steps: int = setting(20, "steps in which the learning rate rises", minimum=0)
     weight_decay: float = setting(0.4, "how strongly the matrices are pulled to zero", minimum=0)
     # The norm falls from 1.3 to about 0.5 in 100 steps: later, only an unusual batch is clipped.
@@ -114,7 +113,7 @@ class Settings:
     device: str = setting("auto", "cpu, cuda or mps; auto is a GPU if there is one")
     precision: str = setting(
         "auto",
-        "of matrix products; auto is bf16 where it is fast, else fp32, with TF32 on a GPU",
+        "precision of matrix products; auto is bf16 where fast, else fp32, with TF32 on a GPU",
         choices=("auto", "fp32", "bf16"),
     )
     compile: bool = setting(False, "compile the model first, worthwhile on a GPU")
@@ -148,12 +147,6 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-# Settings that a resumed run must have in common with the run that it continues
-FIXED = ("context_length", "n_layer", "n_head", "n_embd", "dropout", "optimizer", "val_fraction")
-# Settings that change nothing in the run
-NOT_COMPARED = ("data", "model", "resume", "device", "tracker")
-
-
 # ----------------------------------------------------------------------------------------
 # Text
 # ----------------------------------------------------------------------------------------
@@ -162,8 +155,8 @@ NOT_COMPARED = ("data", "model", "resume", "device", "tracker")
 def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Splits a text into the part to learn from and the part to validate on, its end.
 
-    The validation part is one piece, and not windows from anywhere: the model would have learned
-    the characters around them, and often the same names and sentences.
+    The validation part is one piece. Windows from anywhere would lie between pieces that the model
+    has learned from, and share names and sentences with them: their loss would be too low.
 
     Each part must have a window and the character that follows it; else raises InputError.
     """
@@ -251,11 +244,12 @@ class Trainer:
 
         # The state of the run
         self.step = 0  # steps done
+        self.saved_step = 0  # that of this run's checkpoint
         self.grad_norm = torch.zeros(())  # of the last step
         self.log: list[dict[str, float]] = []  # a row for each evaluation
 
-    # All randomness depends on the seed and the step alone, so a resumed run draws what the
-    # uninterrupted one would have drawn.
+    # All randomness depends on the seed, the step and the process alone, so a resumed run draws
+    # what the uninterrupted one would have drawn.
 
     def make_seed(self, *numbers: int) -> int:
         """Derives a 32-bit seed from the run's seed and these numbers."""
@@ -265,20 +259,21 @@ class Trainer:
     def get_batch(self) -> Tensor:
         """Returns the windows of a step that this process computes, `(B, T + 1)`.
 
-        The windows of all epochs follow each other; each step takes the next ones.
+        The windows of all epochs follow each other; each step takes the next ones. Their order is
+        drawn again at each step, so that there is no state to save.
         """
         batch_size = self.settings.batch_size
-        epoch, done = divmod(self.step * batch_size, self.windows_per_epoch())
-        starts = self.epoch_starts(epoch)[done:]
-        while len(starts) < batch_size:  # the batch reaches into the next epoch
-            epoch += 1
-            starts = torch.cat([starts, self.epoch_starts(epoch)])
-        own_starts = starts[:batch_size].chunk(self.world)[self.rank]
-        places = torch.arange(self.settings.context_length + 1)
-        return self.train_ids[own_starts[:, None] + places].to(self.device)
+        first = self.step * batch_size
+        count = self.windows_per_epoch()
+        epochs = range(first // count, (first + batch_size - 1) // count + 1)
+        starts = torch.cat([self.epoch_starts(epoch) for epoch in epochs])
+        starts = starts[first % count :][:batch_size]
+        own_starts = starts.chunk(self.world)[self.rank]
+        positions = torch.arange(self.settings.context_length + 1)
+        return self.train_ids[own_starts[:, None] + positions].to(self.device)
 
     def windows_per_epoch(self) -> int:
-        """All windows that fit the training part but one, so that the first can begin anywhere."""
+        """One window fewer than fits, so that the first can start at a random offset."""
         return max(1, (len(self.train_ids) - 1) // self.settings.context_length - 1)
 
     def epoch_starts(self, epoch: int) -> Tensor:
@@ -316,7 +311,7 @@ class Trainer:
         )
 
         # Move the weights.
-        learning_rate = self.learning_rate(self.step)
+        learning_rate = self.get_learning_rate(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -329,27 +324,19 @@ class Trainer:
     def average_gradients(self) -> None:
         """Gives all processes the mean of their gradients, so that their weights stay equal."""
         for p in self.model.parameters():
-            dist.all_reduce(p.grad)  # the sum
-            p.grad /= self.world
+            if p.grad is not None:
+                dist.all_reduce(p.grad)  # the sum
+                p.grad /= self.world
 
-    def learning_rate(self, step: int) -> float:
-        """The rate of a step, the first of which is step 0.
+    def get_learning_rate(self, step: int) -> float:
+        """Returns the rate of a step, the first of which is step 0.
 
-        It rises while the optimizers' averages fill, then falls in a straight line to nearly zero:
-        with ever smaller steps the noise of the batches averages out.
+        It rises while the optimizers' averages fill, and falls linearly to nearly zero over the
+        run: with ever smaller steps, the noise of the batches averages out.
         """
         settings = self.settings
         warmup = min(1, (step + 1) / (settings.warmup_steps + 1))
         return settings.learning_rate * warmup * (1 - step / settings.steps)
-
-    def is_finished(self) -> bool:
-        return self.step >= self.settings.steps
-
-    def evaluation_is_due(self) -> bool:
-        """True in process 0 at every `eval_interval` steps and at the end, once."""
-        if self.rank != 0 or (self.log and self.log[-1]["step"] == self.step):
-            return False
-        return self.step % self.settings.eval_interval == 0 or self.is_finished()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -375,17 +362,24 @@ class Trainer:
             "step": self.step,
             "train_loss": losses["train"],
             "val_loss": losses["val"],
-            "learning_rate": self.learning_rate(self.step - 1),  # of the last step
+            "learning_rate": self.get_learning_rate(self.step - 1),  # of the last step
             "gradient_norm": self.grad_norm.item(),
         }
         self.log.append(row)
         return row
 
     def save(self) -> None:
-        """Saves what `resume` needs, and the model if its validation loss is the lowest so far.
+        """Saves the model if its validation loss is the lowest so far, and what `resume` needs.
 
         Raises InputError if a file cannot be written.
         """
+        if self.saved_step == 0:  # the checkpoint of an earlier run does not belong to this model
+            self.settings.checkpoint.unlink(missing_ok=True)
+
+        path = self.settings.model
+        val_losses = [row["val_loss"] for row in self.log if row["step"] > 0]
+        if val_losses[-1] == min(val_losses) or not path.exists():
+            save_model(path, self.model, self.tokenizer, step=self.step, val_loss=val_losses[-1])
         save_model(
             self.settings.checkpoint,
             self.model,
@@ -396,39 +390,41 @@ class Trainer:
             log=self.log,
             optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
         )
-        self.save_best()
+        self.saved_step = self.step
 
-    def save_best(self) -> None:
-        path = self.settings.model
-        val_losses = [row["val_loss"] for row in self.log if row["step"] > 0]
-        if val_losses[-1] == min(val_losses) or not path.exists():
-            save_model(path, self.model, self.tokenizer, step=self.step, val_loss=val_losses[-1])
+    # What a resumed run must have in common with the run that it continues
+    FIXED = (
+        *("context_length", "n_layer", "n_head", "n_embd", "dropout"),
+        *("optimizer", "val_fraction"),
+    )
 
     def resume(self) -> None:
-        """Continues from the checkpoint. Raises InputError if it is of another run."""
+        """Continues from the checkpoint.
+
+        Raises InputError if it is of a run with another text, or with other values of the settings
+        in `FIXED`.
+        """
         path = self.settings.checkpoint
-        content = load_content(path)
-        saved = content["metadata"]
+        model, _, saved = load_model(path)
         advice = "use the same, or start a new run without --resume"
         if saved.get("text_digest") != self.text_digest:
             raise InputError(f"{path} is of a run with another text: {advice}")
-        for name, was in saved["settings"].items():
+        for name, saved_value in saved["settings"].items():
             value = str(getattr(self.settings, name))
-            if name in NOT_COMPARED or value == was:
+            if value == saved_value or name == "resume":
                 continue
-            if name in FIXED:
-                raise InputError(f"{path} is of a run whose {name} was {was}: {advice}")
+            if name in self.FIXED:
+                raise InputError(f"{path} is of a run whose {name} was {saved_value}: {advice}")
             if self.rank == 0:
-                print_notice(f"{flag_name(name)} was {was}, and is {value} from here on")
+                print_notice(f"{flag_name(name)} was {saved_value}, and is {value} from here on")
 
-        self.model.load_state_dict(content["weights"])
+        self.model.load_state_dict(model.state_dict())
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]  # from the current settings
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = saved["step"]
+        self.saved_step = saved["step"]
         self.log = saved["log"]
-        if self.rank == 0:
-            self.save_best()  # if the run ended between saving the checkpoint and the model
 
 
 # ----------------------------------------------------------------------------------------
@@ -438,14 +434,19 @@ class Trainer:
 
 def train(trainer: Trainer, report: "Report") -> None:
     """Trains until the last step. Only process 0 evaluates, saves and reports."""
+    settings = trainer.settings
     while True:
-        if trainer.evaluation_is_due():
+        step = trainer.step
+        is_last = step >= settings.steps
+        is_due = step % settings.eval_interval == 0 or is_last
+        was_resumed_here = step == trainer.saved_step > 0  # this evaluation was done before
+        if trainer.rank == 0 and is_due and not was_resumed_here:
             row = trainer.evaluate()
-            if trainer.step > 0:  # an untrained model must not replace a trained one
+            if step > 0:  # an untrained model must not replace a trained one
                 trainer.save()
             report.add(row)
 
-        if trainer.is_finished():
+        if is_last:
             return
         trainer.train_step()
         report.bar.update()
@@ -502,7 +503,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                self.update(p, group)
+                if p.grad is not None:
+                    self.update(p, group)
 
     def update(self, p: Tensor, group: dict[str, Any]) -> None:
         # Average the gradients, and look one step ahead (Nesterov).
@@ -511,14 +513,14 @@ class Muon(torch.optim.Optimizer):
         momentum = group["momentum"]
         average = self.state[p]["momentum_buffer"]
         average.lerp_(p.grad, 1 - momentum)  # momentum * average + (1 - momentum) * gradient
-        update = p.grad.lerp(average, momentum)
+        x = p.grad.lerp(average, momentum)
 
         # View stacked matrices as several, and a tall one as its transpose: x x^T is then the
-        # smaller product. A view shares its numbers with p.
-        matrices = p.view(group["stacked"], -1, p.size(1))  # (N, rows, columns)
-        x = update.view_as(matrices)
-        if matrices.size(1) > matrices.size(2):
-            matrices, x = matrices.mT, x.mT
+        # smaller product. The weights are a view of p: changing them changes p.
+        shape = (group["stacked"], -1, p.size(1))  # (N, rows, columns)
+        weights, x = p.view(shape), x.view(shape)
+        if x.size(1) > x.size(2):
+            weights, x = weights.mT, x.mT
 
         x = orthogonalize(x)
 
@@ -531,8 +533,8 @@ class Muon(torch.optim.Optimizer):
         # one learning rate suits matrices of all shapes and both optimizers (Liu et al.). In a
         # column of norm 1 it is 1 / sqrt(rows).
         scale = 0.2 * math.sqrt(x.size(1))
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        matrices.sub_(x, alpha=group["lr"] * scale)
+        weights.mul_(1 - group["lr"] * group["weight_decay"])
+        weights.sub_(x, alpha=group["lr"] * scale)
 
 
 def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimizer]:
@@ -592,9 +594,9 @@ def ngram_losses(train_text: str, windows: list[str], vocab_size: int) -> dict[s
     before it there ("bigram"); and so on, up to the four before it.
 
     Where a history is rare, Witten-Bell smoothing relies more on the shorter history
-    (Witten and Bell, 1991; Chen and Goodman, 1998, section 2.5). With n(h c), how often the
-    character c follows the history h, n(h), how often any does, and k(h), how many different
-    characters do:
+    (Witten and Bell, 1991; Chen and Goodman, 1998, section 2.5). Let n(h c) be how often the
+    character c follows the history h, n(h) how often any character does, and k(h) the number of
+    different characters that do:
 
         p(c | h) = (n(h c) + k(h) p(c | h without its first character)) / (n(h) + k(h))
     """
@@ -637,7 +639,7 @@ def loss_by_context(model: GPT, windows: Tensor) -> dict[int, float]:
         losses.append(F.cross_entropy(logits.mT, rows[:, 1:], reduction="none"))
     by_position = torch.cat(losses).mean(dim=0)  # (T,): with 1, 2, ..., T characters before
 
-    powers = [2**i for i in range(20) if 2**i < model.config.context_length]
+    powers = [2**i for i in range(20) if 2**i < max(2, model.config.context_length)]
     return {k: by_position[k - 1 : 2 * k - 1].mean().item() for k in powers}
 
 
@@ -677,45 +679,7 @@ def draw_losses(log: list[dict[str, float]], losses_to_beat: dict[str, float]) -
     return buffer.getvalue()
 
 
-class AimTracker:
-    """Shows runs with aim, https://aimstack.io. Its files are in `.aim`."""
-
-    command = "aim up"
-
-    def __init__(self, run_name: str, settings: dict[str, str]) -> None:
-        import aim
-
-        self.make_text = aim.Text
-        self.run = aim.Run(repo=ROOT, system_tracking_interval=None, capture_terminal_logs=False)
-        self.run.name = run_name
-        self.run["hparams"] = settings
-
-    def add_number(self, name: str, value: float, step: int) -> None:
-        self.run.track(value, name, step=step)
-
-    def add_text(self, name: str, text: str, step: int) -> None:
-        self.run.track(self.make_text(text), name, step=step)
-
-    def close(self) -> None:
-        self.run.close()
-
-
-class TensorBoardTracker:
-    """Shows runs with TensorBoard, through `torch.utils.tensorboard`. Its files are in `runs`."""
-
-    command = "tensorboard --logdir runs"
-
-    def __init__(self, run_name: str, settings: dict[str, str]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(ROOT / "runs" / re.sub(r"[^\w=.-]+", "_", run_name))
-        self.writer.add_text("settings", str(settings))
-        self.add_number = self.writer.add_scalar
-        self.add_text = self.writer.add_text
-        self.close = self.writer.close
-
-
-TRACKERS = {"aim": AimTracker, "tensorboard": TensorBoardTracker}
+TRACKERS = {"aim": "aim up", "tensorboard": "tensorboard --logdir runs"}  # what shows the charts
 
 
 def choose_tracker(name: str) -> str:
@@ -726,6 +690,34 @@ def choose_tracker(name: str) -> str:
     return installed[0] if installed else "none"
 
 
+def open_tracker(name: str, run_name: str, settings: dict[str, str]) -> tuple[Callable, ...]:
+    """Opens aim (https://aimstack.io; its files are in `.aim`) or TensorBoard (in `runs`).
+
+    Returns the functions `add_number(name, value, step)`, `add_text(name, text, step)` and
+    `close()`.
+    """
+    if name == "aim":
+        import aim
+
+        run = aim.Run(repo=ROOT, system_tracking_interval=None, capture_terminal_logs=False)
+        run.name = run_name
+        run["hparams"] = settings
+
+        def add_number(name: str, value: float, step: int) -> None:
+            run.track(value, name, step=step)
+
+        def add_text(name: str, text: str, step: int) -> None:
+            run.track(aim.Text(text), name, step=step)
+
+        return add_number, add_text, run.close
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(ROOT / "runs" / re.sub(r"[^\w=.-]+", "_", run_name))
+    writer.add_text("settings", str(settings))
+    return writer.add_scalar, writer.add_text, writer.close
+
+
 class Report:
     """Shows how a run goes: a progress bar, printed losses, curves in files, and a tracker.
 
@@ -733,76 +725,40 @@ class Report:
     goes on.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        settings = trainer.settings
+    def __init__(self, trainer: Trainer, losses_to_beat: dict[str, float]) -> None:
         self.trainer = trainer
-        self.losses_to_beat: dict[str, float] = {}
-        self.tracker = None
-        self.tracker_name = choose_tracker(settings.tracker)
-        if trainer.rank == 0:
-            if self.tracker_name != "none":
-                self.open_tracker()
-            self.describe_start()
-            self.count_losses_to_beat()
+        self.losses_to_beat = losses_to_beat
+        self.tracker = choose_tracker(trainer.settings.tracker)
+        if self.tracker != "none" and trainer.rank == 0:
+            run_name = " ".join([f"{datetime.now():%Y-%m-%d %H:%M:%S}", *sys.argv[1:]])
+            settings = {name: str(value) for name, value in asdict(trainer.settings).items()}
+            with self.tracker_failure_reported():
+                functions = open_tracker(self.tracker, run_name, settings)
+                self.add_number, self.add_text, self.close_tracker = functions
+                for row in trainer.log:  # a resumed run is drawn from its beginning
+                    self.add_numbers(row)
         self.bar = tqdm(
-            total=settings.steps,
+            total=trainer.settings.steps,
             initial=trainer.step,
             unit="step",
             dynamic_ncols=True,
             disable=True if trainer.rank > 0 else None,  # None: unless stderr is a terminal
         )
 
-    def open_tracker(self) -> None:
-        run_name = " ".join([f"{datetime.now():%Y-%m-%d %H:%M:%S}", *sys.argv[1:]])
-        settings = {name: str(value) for name, value in asdict(self.trainer.settings).items()}
-        with self.tracker_failure_reported():
-            self.tracker = TRACKERS[self.tracker_name](run_name, settings)
-            for row in self.trainer.log:  # a resumed run is drawn from its beginning
-                self.track(row)
-
     @contextlib.contextmanager
     def tracker_failure_reported(self) -> Iterator[None]:
         try:
             yield
         except (Exception, SystemExit) as error:  # a tracker can raise anything
-            self.tracker = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print_notice(f"{self.tracker_name} failed ({reason}); training goes on without charts")
-
-    def describe_start(self) -> None:
-        trainer = self.trainer
-        settings = trainer.settings
-        if settings.data == SAMPLE:
-            print_notice(
-                "for real books run: python bin/download.py, then bash bin/concatenate.sh, "
-                "then this"
-            )
-        if trainer.step > 0:
-            print_notice(f"continuing at step {trainer.step} of {settings.steps}")
-        elif settings.resume:
-            print_notice(f"there is no checkpoint {settings.checkpoint}: starting at step 0")
-        if trainer.step == 0 and settings.model.exists():
-            print_notice(f"this run will replace {settings.model}: name another --model to keep it")
-
-        characters = len(trainer.train_ids) + len(trainer.val_ids)
-        charts = "no charts" if self.tracker is None else f"charts: {self.tracker.command}"
-        print_notice(
-            f"{settings.data}: {characters:,} characters; {trainer.model.count_parameters():,} "
-            f"parameters; {trainer.device} in {trainer.precision}; {charts}"
-        )
-
-    def count_losses_to_beat(self) -> None:
-        tokenizer = self.trainer.tokenizer
-        train_text = tokenizer.decode(self.trainer.train_ids[-MAX_COUNTED:])
-        windows = [tokenizer.decode(window) for window in self.trainer.eval_windows["val"]]
-        self.losses_to_beat = ngram_losses(train_text, windows, tokenizer.vocab_size)
-        figures = ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses_to_beat.items())
-        print(f"to beat: {figures} (counted in {len(train_text):,} characters)")
+            print_notice(f"{self.tracker} failed ({reason}); training goes on without charts")
+            self.tracker = "none"
 
     def add(self, row: dict[str, float]) -> None:
         """Reports an evaluation."""
+        trainer = self.trainer
         bits = row["val_loss"] / math.log(2)
-        passage = write_passage(self.trainer.model, self.trainer, 100)
+        passage = write_passage(trainer.model, trainer, 100)
         tqdm.write(
             f"step {row['step']}: train loss {row['train_loss']:.4f}, "
             f"val loss {row['val_loss']:.4f} ({bits:.2f} bits/char)"
@@ -810,15 +766,15 @@ class Report:
         print_notice(f"    {' '.join(passage.split())}")
         if row["step"] > 0:
             self.save_curves()
-        if self.tracker is not None:
+        if self.tracker != "none":
             with self.tracker_failure_reported():
-                self.track(row)
-                self.tracker.add_text("passage", passage, row["step"])
+                self.add_numbers(row)
+                self.add_text("passage", passage, row["step"])
 
-    def track(self, row: dict[str, float]) -> None:
+    def add_numbers(self, row: dict[str, float]) -> None:
         for name, value in row.items():
             if name != "step":
-                self.tracker.add_number(name, value, row["step"])
+                self.add_number(name, value, row["step"])
 
     def save_curves(self) -> None:
         """Writes the log and its picture beside the model."""
@@ -836,9 +792,40 @@ class Report:
 
     def close(self) -> None:
         self.bar.close()
-        if self.tracker is not None:
+        if self.tracker != "none":
             with self.tracker_failure_reported():
-                self.tracker.close()
+                self.close_tracker()
+
+
+def describe_start(trainer: Trainer) -> None:
+    settings = trainer.settings
+    if settings.data == SAMPLE:
+        print_notice(
+            "for real books run: python bin/download.py, then bash bin/concatenate.sh, then this"
+        )
+    if trainer.step > 0:
+        print_notice(f"continuing at step {trainer.step} of {settings.steps}")
+    elif settings.resume:
+        print_notice(f"there is no checkpoint {settings.checkpoint}: starting at step 0")
+    if trainer.step == 0 and settings.model.exists():
+        print_notice(f"this run will replace {settings.model}: name another --model to keep it")
+
+    characters = len(trainer.train_ids) + len(trainer.val_ids)
+    charts = TRACKERS.get(choose_tracker(settings.tracker), "none")
+    print_notice(
+        f"{settings.data}: {characters:,} characters; {trainer.model.count_parameters():,} "
+        f"parameters; {trainer.device} in {trainer.precision}; charts: {charts}"
+    )
+
+
+def print_losses_to_beat(trainer: Trainer) -> dict[str, float]:
+    tokenizer = trainer.tokenizer
+    train_text = tokenizer.decode(trainer.train_ids[-MAX_COUNTED:])
+    windows = [tokenizer.decode(window) for window in trainer.eval_windows["val"]]
+    losses = ngram_losses(train_text, windows, tokenizer.vocab_size)
+    figures = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    print(f"to beat: {figures} (counted in {len(train_text):,} characters)")
+    return losses
 
 
 CONTEXT_WINDOWS = 1000  # for the losses by context
@@ -847,6 +834,8 @@ CONTEXT_WINDOWS = 1000  # for the losses by context
 def describe_end(trainer: Trainer) -> None:
     """Shows what the best model has learned, and says what comes next."""
     settings = trainer.settings
+    if not settings.model.exists():  # the run was finished before, and its model was moved
+        return
     best, _, saved = load_model(settings.model, trainer.device)
     windows = evaluation_windows(trainer.val_ids, settings.context_length, CONTEXT_WINDOWS)
     losses = loss_by_context(best, windows)
@@ -855,12 +844,10 @@ def describe_end(trainer: Trainer) -> None:
     print_notice(f"a passage by the best model:\n{write_passage(best, trainer, 200)}\n")
 
     print_notice(
-        f"{settings.model} is the model of step {saved['step']}, with the lowest validation loss, "
+        f"{settings.model} is the best model, of step {saved['step']}, with a validation loss of "
         f"{saved['val_loss']:.4f}; {settings.beside_model('.png')} shows the losses"
     )
-    model_flag = ""
-    if settings.model != MODEL_PATH:
-        model_flag = f" --model {shlex.quote(str(settings.model))}"
+    model_flag = "" if settings.model == MODEL_PATH else f' --model "{settings.model}"'
     print_notice(
         f"next: python inference.py{model_flag}, or python show_params.py{model_flag}; "
         "to train longer, add --resume and raise --steps"
@@ -880,7 +867,7 @@ def print_notice(message: str) -> None:
 def choose_precision(settings: Settings, device: torch.device) -> str:
     """Returns the precision of matrix products, "fp32" or "bf16".
 
-    Raises InputError for bf16 on mps, where attention in bfloat16 lets a character use later ones
+    Raises InputError for bf16 on mps, where the causal mask of attention is wrong in bfloat16
     (https://github.com/pytorch/pytorch/issues/195910).
     """
     if settings.precision == "bf16" and device.type == "mps":
@@ -908,18 +895,21 @@ def check_outputs(settings: Settings) -> None:
     """
     if settings.model.name.endswith(".train.pth"):
         raise InputError(f"--model {settings.model}: .train.pth is the ending of a checkpoint")
-    for path in (settings.model, settings.checkpoint):
-        if path.exists():
-            load_content(path)  # raises InputError if it is another file
-    for ending, content in ((".csv", "step,train_loss"), (".png", PICTURE_TITLE)):
-        path = settings.beside_model(ending)
-        if path.exists() and content.encode() not in path.read_bytes():
-            raise InputError(f"{path} was not written by train.py: move it, or change --model")
+    try:
+        for path in (settings.model, settings.checkpoint):
+            if path.exists():
+                load_content(path)  # raises InputError if it is another file
+        for ending, content in ((".csv", b"step,train_loss"), (".png", PICTURE_TITLE.encode())):
+            path = settings.beside_model(ending)
+            if path.exists() and content not in path.read_bytes():
+                raise InputError(f"{path} was not written by train.py: move it, or change --model")
 
-    # Try to write now, under the longest name, rather than fail after the first steps.
-    test_file = settings.beside_model(f".train.pth.{os.getpid()}.test")
-    write_file(test_file, b"")
-    test_file.unlink()
+        # Try to write now, under the longest name, rather than fail after the first steps.
+        test_file = settings.beside_model(f".train.pth.{os.getpid()}.test")
+        write_file(test_file, b"")
+        test_file.unlink()
+    except OSError as error:
+        raise InputError(f"--model {settings.model}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------
@@ -962,28 +952,25 @@ def parse_arguments() -> Settings:
 
 
 def run(settings: Settings) -> None:
-    rank = 0
-    world = 1
-    if dist.is_torchelastic_launched():  # by torchrun
-        dist.init_process_group()
-        rank, world = dist.get_rank(), dist.get_world_size()
-        if settings.device in ("auto", "cuda") and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process has its own GPU
-
+    rank, world = join_processes(settings)
     if rank == 0:
         check_outputs(settings)
     trainer = Trainer(settings, rank, world)
     if settings.resume and settings.checkpoint.exists():
         trainer.resume()
 
-    report = Report(trainer)
+    losses_to_beat = {}
+    if rank == 0:
+        describe_start(trainer)
+        losses_to_beat = print_losses_to_beat(trainer)
+    report = Report(trainer, losses_to_beat)
     try:
         train(trainer, report)
     except KeyboardInterrupt:
-        if len(trainer.log) > 1:
-            print_notice("stopped; add --resume to continue from the last evaluation")
-        else:
-            print_notice("stopped before the first evaluation: nothing of this run is saved")
+        if trainer.saved_step > 0:
+            print_notice(f"stopped; --resume continues from step {trainer.saved_step}")
+        elif rank == 0:
+            print_notice("stopped; nothing of this run is saved yet")
         raise
     finally:
         report.close()
@@ -994,6 +981,16 @@ def run(settings: Settings) -> None:
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)  # a thread of the process group may still run, and would abort sys.exit
+
+
+def join_processes(settings: Settings) -> tuple[int, int]:
+    """Joins the processes that torchrun has started. Returns this one's rank and their number."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    if settings.device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process has its own GPU
+    return dist.get_rank(), dist.get_world_size()
 
 
 if __name__ == "__main__":

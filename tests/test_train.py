@@ -6,7 +6,6 @@ import math
 import os
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 import torch
 from conftest import SMALL_RUN, Project, posix_only
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import train
 from model import InputError, load_content, load_model
@@ -243,7 +243,7 @@ def test_each_parameter_has_one_optimizer_and_only_matrices_of_blocks_decay(proj
 
 def test_the_learning_rate_rises_and_then_falls_to_zero(project):
     settings = small_settings(project, steps=100, warmup_steps=10, learning_rate=0.003)
-    rates = [Trainer(settings).learning_rate(step) for step in range(101)]
+    rates = [Trainer(settings).get_learning_rate(step) for step in range(101)]
     assert all(a < b for a, b in pairwise(rates[:11]))
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert 0.8 < max(rates) / 0.003 <= 1
@@ -328,16 +328,24 @@ def test_an_evaluation_is_the_mean_loss_of_its_windows_and_changes_nothing(proje
     assert evaluated.train_step() == plain.train_step()
 
 
-def test_evaluations_are_due_at_their_interval_and_at_the_end_once(project):
-    trainer = Trainer(small_settings(project, steps=8, eval_interval=3))
-    due = []
-    for step in range(9):
-        trainer.step = step
-        if trainer.evaluation_is_due():
-            due.append(step)
-            trainer.evaluate()
-        assert not trainer.evaluation_is_due()
-    assert due == [0, 3, 6, 8]
+class StepReport:
+    """Keeps the steps of the evaluations."""
+
+    def __init__(self) -> None:
+        self.steps = []
+        self.bar = tqdm(disable=True)
+
+    def add(self, row: dict[str, float]) -> None:
+        self.steps.append(row["step"])
+
+
+def test_evaluations_come_at_their_interval_and_at_the_end_once(project):
+    report = StepReport()
+    train.train(Trainer(small_settings(project, steps=8, eval_interval=3)), report)
+    assert report.steps == [0, 3, 6, 8]
+    report = StepReport()
+    train.train(resume(small_settings(project, steps=10, eval_interval=3)), report)
+    assert report.steps == [9, 10]
 
 
 def test_products_are_in_bf16_and_attention_and_weights_in_fp32_on_a_cpu(project):
@@ -414,12 +422,12 @@ def test_resuming_on_another_text_is_refused_and_with_other_settings_possible(pr
         resume(small_settings(project))
 
 
-def test_a_resumed_run_whose_model_was_moved_saves_one(project):
-    done = project.train()
+def test_a_run_whose_model_was_moved_saves_the_next_one(project):
+    project.train()
     project.model.rename(project.directory / "moved.pth")
-    project.train("--resume")
-    assert load_model(project.model)[2]["step"] == 6
-    assert "of step 6" in done.stderr
+    project.train("--resume")  # has nothing to do
+    project.train("--resume", "--steps=9", "--learning-rate=1")
+    assert load_model(project.model)[2]["step"] == 9
 
 
 def fail_to_save(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
@@ -436,32 +444,30 @@ def fail_to_save(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     monkeypatch.setattr(train, "save_model", save_or_fail)
 
 
-def test_a_run_that_ends_between_its_checkpoint_and_its_model_saves_the_model_when_resumed(
-    project, monkeypatch
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_new_run_never_leaves_the_checkpoint_of_another_beside_its_model(
+    project, monkeypatch, call
 ):
-    project.train("--n-layer=1")  # an earlier run, whose model is there
+    project.train("--n-layer=1")
     trainer = Trainer(small_settings(project))
     take_steps(trainer, 3)
     trainer.evaluate()
-    fail_to_save(monkeypatch, call=1)
+    fail_to_save(monkeypatch, call)
     with pytest.raises(InputError, match="no space left"):
         trainer.save()
-    assert load_model(project.model)[0].config.n_layer == 1
-
-    resume(small_settings(project))
-    assert_same_weights(project.model, project.checkpoint)
+    assert load_model(project.model)[0].config.n_layer == 1 + call
+    assert not project.checkpoint.exists()
 
 
-def test_a_checkpoint_that_cannot_be_saved_leaves_the_earlier_one(project, monkeypatch):
+def test_a_resumed_run_keeps_its_checkpoint_until_there_is_a_new_one(project, monkeypatch):
     save_first_checkpoint(project)
     trainer = resume(small_settings(project))
     take_steps(trainer, 6)
     trainer.evaluate()
-    fail_to_save(monkeypatch, call=0)
+    fail_to_save(monkeypatch, call=1)
     with pytest.raises(InputError, match="no space left"):
         trainer.save()
     assert load_content(project.checkpoint)["metadata"]["step"] == 3
-    assert load_model(project.model)[2]["step"] == 3
 
 
 # The program
@@ -490,9 +496,9 @@ def test_a_run_says_what_it_trains_what_to_beat_what_it_learned_and_what_comes_n
     done = project.train("--model", path)
     model, _, metadata = load_model(project.directory / path)
     assert f"{project.text_file}: {len(project.text):,} characters" in done.stderr
-    assert f"{model.count_parameters():,} parameters; cpu in fp32; no charts" in done.stderr
-    assert f"the model of step {metadata['step']}" in done.stderr
-    assert f"python inference.py --model {shlex.quote(str(path))}" in done.stderr
+    assert f"{model.count_parameters():,} parameters; cpu in fp32; charts: none" in done.stderr
+    assert f"is the best model, of step {metadata['step']}" in done.stderr
+    assert f'python inference.py --model "{path}"' in done.stderr
 
     lines = done.stdout.splitlines()
     assert re.fullmatch(
@@ -640,7 +646,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(project, interrupt):
         stream.close()
     if interrupt is press_ctrl_c:
         assert process.returncode == 130
-        assert stderr.endswith("stopped; add --resume to continue from the last evaluation\n")
+        assert re.search(r"stopped; --resume continues from step [1-9]\d*\n$", stderr)
 
     last = load_content(project.checkpoint)["metadata"]["step"] + 20
     project.train(*flags, "--resume", f"--steps={last}", "--learning-rate=0.01")
@@ -744,55 +750,43 @@ def test_what_cannot_be_drawn_or_logged_is_one_line_and_training_goes_on(project
     assert load_model(project.checkpoint)[2]["step"] == 6
 
 
-class RecordingTracker:
-    """A tracker that keeps what it gets, and fails where it is told to."""
+def run_with_recorder(
+    project: Project, monkeypatch: pytest.MonkeyPatch, is_resumed: bool = False, fails_in: str = ""
+) -> list[tuple[str, str, int]]:
+    """Trains with a tracker that keeps what it gets, and fails where it is told to."""
+    calls = []
 
-    command = "look"
-    fails_in = ""
-    calls: list[tuple[str, str, int]]
-
-    def __init__(self, run_name: str, settings: dict) -> None:
-        RecordingTracker.calls = []
-        self.record("open", run_name, 0)
-
-    def record(self, method: str, name: str, step: int) -> None:
-        self.calls.append((method, name, step))
-        if method == self.fails_in:
+    def record(method: str, name: str, step: int) -> None:
+        calls.append((method, name, step))
+        if method == fails_in:
             raise OSError("no\nspace")
 
-    def add_number(self, name: str, value: float, step: int) -> None:
-        self.record("number", name, step)
+    def open_recorder(name: str, run_name: str, settings: dict) -> tuple[Callable, ...]:
+        record("open", run_name, 0)
+        return (
+            lambda name, value, step: record("number", name, step),
+            lambda name, text, step: record("text", name, step),
+            lambda: record("close", "", 0),
+        )
 
-    def add_text(self, name: str, text: str, step: int) -> None:
-        self.record("text", name, step)
-
-    def close(self) -> None:
-        self.record("close", "", 0)
-
-
-def run_with_recorder(project: Project, monkeypatch: pytest.MonkeyPatch, is_resumed: bool) -> None:
-    monkeypatch.setitem(train.TRACKERS, "aim", RecordingTracker)
-    settings = small_settings(project, tracker="aim", resume=is_resumed, steps=9)
-    train.run(settings)
+    monkeypatch.setattr(train, "open_tracker", open_recorder)
+    train.run(small_settings(project, tracker="aim", resume=is_resumed, steps=9))
+    return calls
 
 
 def test_a_resumed_run_is_drawn_from_its_beginning(project, monkeypatch):
     project.train("--batch-size=12", "--steps=6")
-    run_with_recorder(project, monkeypatch, is_resumed=True)
-    losses = [step for method, name, step in RecordingTracker.calls if name == "val_loss"]
-    assert losses == [0, 3, 6, 9]
-    assert [call for call in RecordingTracker.calls if call[0] == "text"] == [
-        ("text", "passage", 9)
-    ]
-    assert RecordingTracker.calls[-1][0] == "close"
+    calls = run_with_recorder(project, monkeypatch, is_resumed=True)
+    assert [step for _, name, step in calls if name == "val_loss"] == [0, 3, 6, 9]
+    assert [(name, step) for method, name, step in calls if method == "text"] == [("passage", 9)]
+    assert calls[-1][0] == "close"
 
 
 @pytest.mark.parametrize("method", ["open", "number", "text", "close"])
 def test_a_tracker_that_fails_is_one_line_and_training_ends_with_its_model(
     project, monkeypatch, capsys, method
 ):
-    monkeypatch.setattr(RecordingTracker, "fails_in", method)
-    run_with_recorder(project, monkeypatch, is_resumed=False)
+    run_with_recorder(project, monkeypatch, fails_in=method)
     notice = "aim failed (OSError: no space); training goes on without charts"
     assert capsys.readouterr().err.splitlines().count(notice) == 1
     assert load_content(project.checkpoint)["metadata"]["step"] == 9
