@@ -124,7 +124,7 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
     gets a second one added that depends on its position alone.
 
     Each pair of channels is the hand of a clock. The first turns once in 2 pi characters, each
-    following one more slowly, the last once in almost 2 pi 10000. Fast hands tell neighbors
+    following one more slowly, the last once in up to 2 pi 10000. Fast hands tell neighbors
     apart, slow ones distant positions. The number 10000 is [Vaswani]'s: large enough that no two
     positions of any usual context look the same.
 
@@ -150,8 +150,8 @@ def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
     """Returns `(T, S)`, True where a query may use a key, for the last T characters of S.
 
     The last query belongs to the last character and may use every key; the query before it may
-    use all keys but the last, and so on. On the left nothing was read before. On the right the
-    first of three characters was, so only two have a query:
+    use all keys but the last, and so on. In training T = S, as on the left. On the right, the first
+    of three characters was read before, which happens only in generation (section 7):
 
         T = S = 3           T = 2, S = 3
 
@@ -209,7 +209,7 @@ class Attention(nn.Module):
         T, S = q.size(-2), k.size(-2)
         if T == S:  # nothing was read before
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        # is_causal would align the mask with the first key instead of the last.
+        # is_causal=True would take the triangle on the left of `causal_mask`'s picture for T < S.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, S, q.device))
 
 
@@ -218,7 +218,8 @@ class MultiHeadAttention(nn.Module):
 
     One attention gives each character one mixture of the values. With several heads it can, for
     example, take one value from the last character and another from the last space. Every head
-    reads all C channels, and writes D = C / H of them.
+    reads all C channels, and writes D = C / H of them. Heads differ in their weights alone: these
+    begin at random, and training drives them apart.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -388,8 +389,9 @@ class GPT(nn.Module):
                 f"{start + T} characters do not fit a context of {self.config.context_length}"
             )
 
-        # What each character is, plus where it stands. The sum keeps both: the positions differ in
-        # few directions, and the embedding learns to use the others.
+        # What each character is, plus where it stands. The sum keeps both: slow hands hardly move
+        # within the context, so positions differ in some channels only, and the embedding learns
+        # to use the others.
         x = self.token_embedding(ids) + self.positions[start : start + T]  # (B, T, C)
         x = self.dropout(x)
 

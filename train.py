@@ -4,7 +4,7 @@
     python train.py --resume                 continue a run that was interrupted
     torchrun --nproc-per-node 4 train.py     train with four processes that share each batch
 
-To see how a model learns, read `train`, `Trainer.train_step` and `Trainer.get_batch`, about 100
+To see how a model learns, read `train`, `Trainer.train_step` and `Trainer.get_batch`, about 70
 lines, and then `Muon`. The rest reports, checks and saves.
 
 Each field of `Settings` is also a flag: `batch_size` is `--batch-size`. Results go to standard
@@ -259,8 +259,8 @@ class Trainer:
     def get_batch(self) -> Tensor:
         """Returns the windows of a step that this process computes, `(B, T + 1)`.
 
-        The windows of all epochs follow each other; each step takes the next ones. Their order is
-        drawn again at each step, so that there is no state to save.
+        The windows of all epochs follow each other; each step takes the next ones. An epoch's order
+        is computed again at each step, from its seed, so that there is no state to save.
         """
         batch_size = self.settings.batch_size
         first = self.step * batch_size
@@ -393,10 +393,7 @@ class Trainer:
         self.saved_step = self.step
 
     # What a resumed run must have in common with the run that it continues
-    FIXED = (
-        *("context_length", "n_layer", "n_head", "n_embd", "dropout"),
-        *("optimizer", "val_fraction"),
-    )
+    FIXED = ("context_length", "n_layer", "n_head", "n_embd", "optimizer", "val_fraction")
 
     def resume(self) -> None:
         """Continues from the checkpoint.

@@ -391,7 +391,7 @@ def test_bf16_is_refused_on_mps(project):
 
 # Resuming
 
-FIXED = {"n_layer": 1, "dropout": 0.5, "optimizer": "adamw", "val_fraction": 0.2}
+FIXED = {"n_layer": 1, "optimizer": "adamw", "val_fraction": 0.2}
 
 
 def save_first_checkpoint(project: Project) -> None:
