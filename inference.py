@@ -155,7 +155,7 @@ def complete_lines(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespac
     """Continues each line of standard input. Ctrl-C stops a text, the end of input the session."""
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
             complete(model, tokenizer, line, args)
         except EOFError:
             return

@@ -1,8 +1,8 @@
 """A GPT-2 style, character-level language model, from scratch. Read it from top to bottom.
 
 The model reads a text and gives, at each position, a score to every character that could come
-next. To write, draw a character by these scores, append it, and read again: the model is
-autoregressive.
+next. To write, draw a character by these scores, append it, and read again: such a model is
+called autoregressive.
 
 Inside, each character is a vector of C numbers. Blocks change the vectors: attention lets each
 vector take from the vectors before it, and feed-forward transforms each vector on its own. A last
@@ -389,9 +389,9 @@ class GPT(nn.Module):
                 f"{start + T} characters do not fit a context of {self.config.context_length}"
             )
 
-        # What each character is, plus where it stands. The sum keeps both: slow hands hardly move
-        # within the context, so positions differ in some channels only, and the embedding learns
-        # to use the others.
+        # Add what each character is and where it stands. The sum does not mix them up: within the
+        # context, positions differ in some of the channels only, and the embedding can learn to
+        # use the rest.
         x = self.token_embedding(ids) + self.positions[start : start + T]  # (B, T, C)
         x = self.dropout(x)
 
@@ -557,7 +557,7 @@ DIGEST_LENGTH = 32  # bytes of SHA-256
 
 
 class InputError(ValueError):
-    """A wrong setting or text, or a file that is wrong or cannot be read or written.
+    """An error in what the user gave: a setting, a text or a file.
 
     The scripts print the message, without a traceback.
     """
@@ -632,10 +632,10 @@ def load_model(
     """
     content = load_content(path)
     tokenizer = CharTokenizer(content["vocabulary"])
+    model = GPT(GPTConfig(**content["config"]))
     try:
-        model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["weights"])
-    except (RuntimeError, TypeError) as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} was trained with another model.py: {reason}") from error
     return model.to(device).eval(), tokenizer, content["metadata"]
@@ -675,7 +675,7 @@ def find_device(name: str) -> torch.device:
 
 
 def use_utf8() -> None:
-    """Lets the scripts print every character, also into a file on Windows; each line at once."""
+    """Makes the output UTF-8, also in a file on Windows, and writes each line at once."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook has streams of another kind
             stream.reconfigure(encoding="utf-8", line_buffering=True)
