@@ -949,7 +949,8 @@ def parse_arguments() -> Settings:
         value = getattr(arguments, f.name)
         minimum, maximum = f.metadata["minimum"], f.metadata["maximum"]
         if isinstance(value, int | float) and not minimum <= value <= maximum:
-            parser.error(f"{flag_name(f.name)} must be from {minimum:g} to {maximum:g}")
+            upper_limit = f" and at most {maximum:g}" if maximum < math.inf else ""
+            parser.error(f"{flag_name(f.name)} must be at least {minimum:g}{upper_limit}")
     return Settings(**vars(arguments))
 
 
