@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", type=Path, default=MODEL_PATH, help="the file that train.py has saved")
     add("--prompt", default=prompt, help="what the text begins with")
     add("--max-new-tokens", type=int, default=500, help="characters to add")
-    add("--temperature", type=float, default=0.8, help="0: the likeliest; higher: more varied")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest; higher: varied")
     add("--top-k", type=int, help="draw only from the k likeliest characters")
     add("--top-p", type=float, help="draw only from the likeliest that together reach p")
     add("--stop", help="end a text after this has been written")
@@ -204,9 +204,9 @@ def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
 def read_logits(model: GPT, ids: Tensor) -> Tensor:
     """Computes the scores of what follows each character of a text, `(T,)` to `(T, V)`.
 
-    A text that is longer than the context is read in windows that overlap by half, so that the
-    model sees at least half a context before each character. With a context of 8 these are the
-    characters 0 to 7, then 4 to 11, of which 8 to 11 are new, and so on.
+    A text that is longer than the context is read in windows that overlap by half, so that after
+    the first window the model sees at least half a context before each character. With a context
+    of 8 the windows are the characters 0 to 7, then 4 to 11, of which 8 to 11 are new, and so on.
     """
     context_length = model.config.context_length
     step = max(1, context_length // 2)

@@ -5,8 +5,8 @@ next. To write, draw a character by these scores, append it, and read again: suc
 called autoregressive.
 
 Inside, each character is a vector of C numbers. Blocks change the vectors: attention lets each
-vector take from the vectors before it, and feed-forward transforms each vector on its own. A last
-layer turns each vector into the scores.
+vector take from itself and those before it, and feed-forward transforms each vector on its own. A
+last layer turns each vector into the scores.
 
 The architecture is GPT-2's: the decoder of "Attention Is All You Need", without the encoder and
 the cross-attention to it, and with the norms in front (pre-norm). The function differs from GPT-2's
@@ -151,7 +151,7 @@ def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
 
     The last query belongs to the last character and may use every key; the query before it may
     use all keys but the last, and so on. In training T = S, as on the left. On the right, the first
-    of three characters was read before, which happens only in generation (section 7):
+    of three characters was read before (generation, section 7, reads one after another):
 
         T = S = 3           T = 2, S = 3
 

@@ -9,7 +9,6 @@ output, everything else to standard error.
 """
 
 import argparse
-import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -19,14 +18,14 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-# While threads of GNU's OpenMP wait for each other, they keep the processor busy. Let them do so
-# only for a moment, and then sleep: otherwise, on a busy machine, a step takes ten times as long.
+# Threads of GNU's OpenMP spin while they wait for each other. Let them sleep after a short spin:
+# otherwise, on a busy machine, a step takes more than ten times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
 import torch
@@ -93,7 +92,7 @@ class Settings:
     dropout: float = setting(0.0, "share of activations dropped", minimum=0, maximum=0.99)
 
     # The optimizer of the blocks' matrices. AdamW trains the rest in any case.
-    optimizer: str = setting("muon", "of the blocks' matrices", choices=("muon", "adamw"))
+    optimizer: str = setting("muon", "for the blocks' matrices", choices=("muon", "adamw"))
     learning_rate: float = setting(0.02, "the peak learning rate; for adamw try 0.007", minimum=0)
     # Muon's updates have a fixed size, even where its average of gradients is noisy. At first it
     # averages few gradients, so the rate begins low.
@@ -110,7 +109,7 @@ class Settings:
     device: str = setting("auto", "cpu, cuda or mps; auto is a GPU if there is one")
     precision: str = setting(
         "auto",
-        "of matrix products; auto is bf16 where it is fast, else fp32, with TF32 on CUDA",
+        "of matrix products; auto is bf16 where that is fast, else fp32 (TF32 on CUDA)",
         choices=("auto", "fp32", "bf16"),
     )
     compile: bool = setting(False, "compile the model first, worthwhile on a GPU")
@@ -139,9 +138,10 @@ class Settings:
 
 
 class Trainer:
-    """A model, its optimizers and the text, in process `rank` of `world` processes.
+    """Holds the model, its optimizers and the text, and does one step of training at a time.
 
-    Raises InputError if the text cannot be used, or if settings do not fit together.
+    With torchrun there is one in each process: `rank` is the number of its own, `world` that of
+    all. Raises InputError if the text cannot be used, or if settings do not fit together.
     """
 
     def __init__(self, settings: Settings, rank: int = 0, world: int = 1) -> None:
@@ -153,7 +153,7 @@ class Trainer:
         self.device = find_device(settings.device)
         self.precision = choose_precision(settings, self.device)
         if self.device.type == "cuda" and settings.precision == "auto":
-            # In products that remain in 32 bits, TF32 rounds the factors to 10 bits, for speed.
+            # TF32 for the products that remain in float32: rounded to 10 bits, and faster.
             torch.set_float32_matmul_precision("high")
         # Inside this context, matrix products are computed in bfloat16 if that is the precision.
         self.autocast = torch.autocast(
@@ -209,9 +209,9 @@ class Trainer:
     def get_batch(self) -> Tensor:
         """Returns the windows of a step that this process computes, `(B, T + 1)`.
 
-        The windows of all epochs follow each other, and each step takes the next ones: on the
-        sample, the loss is 0.018 lower than with windows from anywhere. An epoch's order is
-        computed again at each step, from its seed, so that there is no state to save.
+        Each epoch reads every window once, in random order. On the sample, the loss is 0.018 lower
+        than with windows from anywhere. The order is computed again at each step, from the epoch's
+        seed, so that there is no state to save.
         """
         batch_size = self.settings.batch_size
         first = self.step * batch_size
@@ -237,7 +237,7 @@ class Trainer:
         return offset + T * torch.randperm(count, generator=generator)
 
     def train_step(self) -> Tensor:
-        """Does one step. Returns the loss of this process, as a tensor: `item()` waits for it."""
+        """Does one step. Returns this process's loss, as a tensor: its `item()` waits for a GPU."""
         self.model.train()
         batch = self.get_batch()
         torch.manual_seed(self.make_seed(self.step, self.rank))  # for dropout
@@ -266,7 +266,7 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            with self.autocast:  # Muon multiplies matrices
+            with self.autocast:  # for Muon's matrix products
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -525,7 +525,7 @@ def ngram_losses(train_text: str, windows: list[str], vocab_size: int) -> dict[s
 
         p(c | h) = (n(h c) + k(h) p(c | h without its first character)) / (n(h) + k(h))
     """
-    # Each character, after the histories that it has in its window
+    # For each character to predict: up to four characters before it, and the character itself
     examples = [
         window[max(0, i + 1 - len(NGRAMS)) : i + 1]
         for window in windows
@@ -585,6 +585,7 @@ def write_passage(model: GPT, trainer: Trainer, length: int) -> str:
 # ----------------------------------------------------------------------------------------
 
 PICTURE_TITLE = "Losses of train.py"
+CSV_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "gradient_norm")
 
 
 def draw_losses(log: list[dict[str, float]], losses_to_beat: dict[str, float]) -> bytes:
@@ -655,25 +656,31 @@ def open_tracker(name: str, settings: Settings) -> Any:
 class Report:
     """Shows how a run goes: a progress bar, printed losses, curves in files, and a tracker.
 
-    If the curves cannot be saved or the tracker fails, that is said in one line, and training
-    goes on. In other processes than the first, it does nothing.
+    A failure of the curves or the tracker is one line, and does not stop training. Only process 0
+    reports.
     """
 
     def __init__(self, trainer: Trainer) -> None:
+        settings = trainer.settings
         self.trainer = trainer
-        self.losses_to_beat: dict[str, float] = {}
         self.tracker = None
-        self.tracker_name = choose_tracker(trainer.settings.tracker)
+        self.tracker_name = choose_tracker(settings.tracker)
+        if trainer.rank == 0:
+            self.describe_start()
+            self.losses_to_beat = self.count_ngrams()
+            if self.tracker_name != "none":
+                self.tracker = self.attempt(open_tracker, self.tracker_name, settings)
+            for row in trainer.log:  # a resumed run is drawn from its beginning
+                self.track(row)
         self.bar = tqdm(
-            total=trainer.settings.steps,
+            total=settings.steps,
             initial=trainer.step,
             unit="step",
             dynamic_ncols=True,
             disable=True if trainer.rank > 0 else None,  # None: unless stderr is a terminal
         )
 
-    def start(self) -> None:
-        """Says what is trained, and what counting alone achieves. Opens the tracker."""
+    def describe_start(self) -> None:
         trainer = self.trainer
         settings = trainer.settings
         if settings.data == SAMPLE:
@@ -697,18 +704,14 @@ class Report:
             f"charts: {COMMANDS.get(self.tracker_name, 'none')}"
         )
 
-        tokenizer = trainer.tokenizer
-        train_text = tokenizer.decode(trainer.train_ids[-MAX_COUNTED:])
-        windows = [tokenizer.decode(window) for window in trainer.eval_windows["val"]]
-        self.losses_to_beat = ngram_losses(train_text, windows, tokenizer.vocab_size)
-        figures = ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses_to_beat.items())
+    def count_ngrams(self) -> dict[str, float]:
+        tokenizer = self.trainer.tokenizer
+        train_text = tokenizer.decode(self.trainer.train_ids[-MAX_COUNTED:])
+        windows = [tokenizer.decode(window) for window in self.trainer.eval_windows["val"]]
+        losses = ngram_losses(train_text, windows, tokenizer.vocab_size)
+        figures = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         print(f"to beat: {figures} (counted in {len(train_text):,} characters)")
-
-        if self.tracker_name != "none":
-            with self.tracker_failure_reported():
-                self.tracker = open_tracker(self.tracker_name, settings)
-        for row in trainer.log:  # a resumed run is drawn from its beginning
-            self.track(row)
+        return losses
 
     def add_step(self, loss: Tensor) -> None:
         self.bar.update()
@@ -732,7 +735,7 @@ class Report:
         """Writes the log and its picture beside the model."""
         log = self.trainer.log
         table = io.StringIO()
-        writer = csv.DictWriter(table, log[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(table, CSV_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(log)
         settings = self.trainer.settings
@@ -743,19 +746,16 @@ class Report:
             print_notice(f"the curves could not be saved ({error}); training goes on")
 
     def track(self, row: dict[str, float], passage: str | None = None) -> None:
-        if self.tracker is None:
-            return
-        with self.tracker_failure_reported():
-            for name, value in row.items():
-                if name != "step":
-                    self.tracker.add_scalar(name, value, row["step"])
-            if passage is not None:
-                self.tracker.add_text("passage", passage, row["step"])
+        for name, value in row.items():
+            if name != "step" and self.tracker is not None:
+                self.attempt(self.tracker.add_scalar, name, value, row["step"])
+        if passage is not None and self.tracker is not None:
+            self.attempt(self.tracker.add_text, "passage", passage, row["step"])
 
-    @contextlib.contextmanager
-    def tracker_failure_reported(self) -> Iterator[None]:
+    def attempt(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function of the tracker. If it fails, training goes on without charts."""
         try:
-            yield
+            return function(*arguments)
         except (Exception, SystemExit) as error:  # a tracker can raise anything
             self.tracker = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -764,8 +764,7 @@ class Report:
     def close(self) -> None:
         self.bar.close()
         if self.tracker is not None:
-            with self.tracker_failure_reported():
-                self.tracker.close()
+            self.attempt(self.tracker.close)
 
     def end(self) -> None:
         """Shows what the best model has learned, and says what comes next."""
@@ -847,7 +846,7 @@ def resume(trainer: Trainer) -> None:
     if saved.get("text_digest") != trainer.text_digest:
         raise InputError(f"{path} is of a run with another text: {advice}")
     for name, value in trainer.settings.as_text().items():
-        saved_value = saved["settings"][name]
+        saved_value = saved["settings"].get(name, value)
         if value == saved_value or name == "resume":
             continue
         if name in FIXED:
@@ -875,9 +874,9 @@ def check_outputs(settings: Settings) -> None:
         for path in (settings.model, settings.checkpoint):
             if path.exists():
                 load_content(path)  # raises InputError if it is another file
-        for ending, content in ((".csv", b"step,train_loss"), (".png", PICTURE_TITLE.encode())):
+        for ending, content in ((".csv", ",".join(CSV_COLUMNS)), (".png", PICTURE_TITLE)):
             path = settings.beside_model(ending)
-            if path.exists() and content not in path.read_bytes():
+            if path.exists() and content.encode() not in path.read_bytes():
                 raise InputError(f"{path} was not written by train.py: move it, or change --model")
 
         # Try to write now, under a long name, rather than fail after the first steps.
@@ -886,6 +885,11 @@ def check_outputs(settings: Settings) -> None:
         test_file.unlink()
     except OSError as error:
         raise InputError(f"--model {settings.model}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------
+# The machine
+# ----------------------------------------------------------------------------------------
 
 
 def choose_precision(settings: Settings, device: torch.device) -> str:
@@ -910,6 +914,19 @@ def choose_precision(settings: Settings, device: torch.device) -> str:
         instructions = "amx_bf16" if is_intel else "avx512_bf16"
         is_fast = processor.get(instructions, False) and settings.n_embd >= 128
     return "bf16" if is_fast else "fp32"
+
+
+def join_processes(settings: Settings) -> tuple[int, int]:
+    """Joins the processes that torchrun has started. Returns this one's rank and their number."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    dist.init_process_group()
+    if settings.device in ("auto", "cuda") and torch.cuda.is_available():
+        gpu = int(os.environ["LOCAL_RANK"])  # each process has its own
+        if gpu >= torch.cuda.device_count():
+            raise InputError("there are fewer GPUs than processes: lower --nproc-per-node")
+        torch.cuda.set_device(gpu)
+    return dist.get_rank(), dist.get_world_size()
 
 
 # ----------------------------------------------------------------------------------------
@@ -968,8 +985,6 @@ def run(settings: Settings) -> None:
         resume(trainer)
 
     report = Report(trainer)
-    if is_main:
-        report.start()
     try:
         train(trainer, report)
     except KeyboardInterrupt:
@@ -987,16 +1002,6 @@ def run(settings: Settings) -> None:
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(0)  # a thread of the process group may still run, and would abort sys.exit
-
-
-def join_processes(settings: Settings) -> tuple[int, int]:
-    """Joins the processes that torchrun has started. Returns this one's rank and their number."""
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    dist.init_process_group()
-    if settings.device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process has its own GPU
-    return dist.get_rank(), dist.get_world_size()
 
 
 if __name__ == "__main__":
