@@ -123,10 +123,10 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
     Attention adds up vectors, and a sum is the same in any order. So each character's vector
     gets a second one added that depends on its position alone.
 
-    Each pair of channels is the hand of a clock. The first turns once in 2 pi characters, each
-    following one more slowly, the last once in up to 2 pi 10000. Fast hands tell neighbors
-    apart, slow ones distant positions. The number 10000 is [Vaswani]'s: large enough that no two
-    positions of any usual context look the same.
+    Each pair of channels is where the tip of a clock's hand is. The first hand turns once in 2 pi
+    characters, each following one more slowly, the last once in up to 2 pi 10000. Fast hands tell
+    neighbors apart, slow ones distant positions. The number 10000 is [Vaswani]'s: large enough
+    that no two positions of any usual context look the same.
 
     Why a sine and a cosine? Together they make a step of k characters a rotation of each hand
     by a fixed angle: sin(a + b) is cos(b) sin(a) + sin(b) cos(a). A rotation is a linear
@@ -148,6 +148,8 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
 def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
     """Returns `(T, S)`, True where a query may use a key, for the last T characters of S.
+
+    The query is of a character that looks, the key of one that is looked at (see `Attention`).
 
     The last query belongs to the last character and may use every key; the query before it may
     use all keys but the last, and so on. In training T = S, as on the left. On the right, the first
@@ -218,7 +220,7 @@ class MultiHeadAttention(nn.Module):
 
     One attention gives each character one mixture of the values. With several heads it can, for
     example, take one value from the last character and another from the last space. Every head
-    reads all C channels, and writes D = C / H of them. Heads differ in their weights alone: these
+    reads all C channels, and makes D = C / H new ones. Heads differ in their weights alone: these
     begin at random, and training drives them apart.
     """
 
@@ -244,7 +246,7 @@ class MultiHeadAttention(nn.Module):
         # they were different texts.
         qkv = self.qkv(x)  # (B, T, 3 C)
         qkv = qkv.view(B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # of (3, B, H, T, D): (B, H, T, D) each
         if cache is not None:  # only in generation
             k, v = cache.append(k, v)  # (B, H, S, D) each: those of all characters so far
 

@@ -140,8 +140,8 @@ class Settings:
 class Trainer:
     """Holds the model, its optimizers and the text, and does one step of training at a time.
 
-    With torchrun there is one in each process: `rank` is the number of its own, `world` that of
-    all. Raises InputError if the text cannot be used, or if settings do not fit together.
+    With torchrun there is one in each process: `rank` is this process's number, `world` how many
+    there are. Raises InputError if the text cannot be used, or if settings do not fit together.
     """
 
     def __init__(self, settings: Settings, rank: int = 0, world: int = 1) -> None:
@@ -216,7 +216,7 @@ class Trainer:
         batch_size = self.settings.batch_size
         first = self.step * batch_size
         count = self.windows_per_epoch()
-        epochs = range(first // count, (first + batch_size - 1) // count + 1)
+        epochs = range(first // count, (first + batch_size - 1) // count + 1)  # one or more
         starts = torch.cat([self.epoch_starts(epoch) for epoch in epochs])
         starts = starts[first % count :][:batch_size]
         own_starts = starts.chunk(self.world)[self.rank]
@@ -248,7 +248,7 @@ class Trainer:
             with self.autocast:
                 # The target of each character is the one after it: T predictions a window.
                 _, loss = self.compiled_model(rows[:, :-1], rows[:, 1:])
-            loss = loss / self.settings.accumulate
+            loss = loss / self.settings.accumulate  # so that the sum is the mean of the batch
             loss.backward()
             total_loss += loss.detach()
         if self.world > 1:
