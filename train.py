@@ -172,6 +172,7 @@ class Trainer:
         self.text_digest = hashlib.sha256(text.encode()).hexdigest()
         self.tokenizer = CharTokenizer.from_text(text)
         self.train_ids, self.val_ids = split_text(self.tokenizer.encode(text), settings)
+        self.window_starts = self.draw_windows()
         T = settings.context_length
         self.eval_windows = {
             "train": evaluation_windows(self.train_ids, T, EVAL_WINDOWS),
@@ -206,35 +207,32 @@ class Trainer:
         digest = hashlib.sha256(repr((self.settings.seed, *numbers)).encode()).hexdigest()
         return int(digest[:8], 16)
 
-    def get_batch(self) -> Tensor:
-        """Returns the windows of a step that this process computes, `(B, T + 1)`.
+    def draw_windows(self) -> Tensor:
+        """Returns where the windows of all steps start, one after another.
 
-        Each epoch reads every window once, in random order. On the sample, the loss is 0.018 lower
-        than with windows from anywhere. The order is computed again at each step, from the epoch's
-        seed, so that there is no state to save.
+        In each epoch the training part is cut into windows, which are read once, in random order.
+        On the sample, the loss is 0.018 lower than with windows from anywhere.
         """
-        batch_size = self.settings.batch_size
-        first = self.step * batch_size
-        count = self.windows_per_epoch()
-        epochs = range(first // count, (first + batch_size - 1) // count + 1)  # one or more
-        starts = torch.cat([self.epoch_starts(epoch) for epoch in epochs])
-        starts = starts[first % count :][:batch_size]
-        own_starts = starts.chunk(self.world)[self.rank]
-        positions = torch.arange(self.settings.context_length + 1)
-        return self.train_ids[own_starts[:, None] + positions].to(self.device)
-
-    def windows_per_epoch(self) -> int:
-        """One window fewer than fits, so that the first can start at a random offset."""
-        return max(1, (len(self.train_ids) - 1) // self.settings.context_length - 1)
-
-    def epoch_starts(self, epoch: int) -> Tensor:
-        """Returns where the windows of an epoch start: side by side, in random order."""
+        # One window fewer than fits, so that the first can start at a random offset.
         T = self.settings.context_length
-        count = self.windows_per_epoch()
+        count = max(1, (len(self.train_ids) - 1) // T - 1)  # windows in an epoch
         spare = len(self.train_ids) - 1 - count * T  # characters
-        generator = torch.Generator().manual_seed(self.make_seed(epoch))
-        offset = torch.randint(spare + 1, (1,), generator=generator)
-        return offset + T * torch.randperm(count, generator=generator)
+
+        epochs = math.ceil(self.settings.steps * self.settings.batch_size / count)
+        starts = []
+        for epoch in range(epochs):
+            generator = torch.Generator().manual_seed(self.make_seed(epoch))
+            offset = torch.randint(spare + 1, (1,), generator=generator)
+            starts.append(offset + T * torch.randperm(count, generator=generator))
+        return torch.cat(starts)
+
+    def get_batch(self) -> Tensor:
+        """Returns the windows of this step that this process computes, `(B, T + 1)`."""
+        batch_size = self.settings.batch_size
+        starts = self.window_starts[self.step * batch_size :][:batch_size]
+        own_starts = starts.chunk(self.world)[self.rank]  # (B,)
+        offsets = torch.arange(self.settings.context_length + 1)  # (T + 1,)
+        return self.train_ids[own_starts[:, None] + offsets].to(self.device)
 
     def train_step(self) -> Tensor:
         """Does one step. Returns this process's loss, as a tensor: its `item()` waits for a GPU."""
