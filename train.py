@@ -94,8 +94,8 @@ class Settings:
     # The optimizer of the blocks' matrices. AdamW trains the rest in any case.
     optimizer: str = setting("muon", "for the blocks' matrices", choices=("muon", "adamw"))
     learning_rate: float = setting(0.02, "the peak learning rate; for adamw try 0.007", minimum=0)
-    # Muon's updates have a fixed size, even where its average of gradients is noisy. At first it
-    # averages few gradients, so the rate begins low.
+    # Muon's update is equally large however noisy its average of gradients is. The first averages
+    # are the noisiest, so the rate begins low.
     warmup_steps: int = setting(20, "steps in which the learning rate rises", minimum=0)
     weight_decay: float = setting(0.4, "how strongly the matrices are pulled to zero", minimum=0)
     # The norm falls from 1.3 to about 0.5 in 100 steps: later, only an unusual batch is clipped.
@@ -109,7 +109,7 @@ class Settings:
     device: str = setting("auto", "cpu, cuda or mps; auto is a GPU if there is one")
     precision: str = setting(
         "auto",
-        "of matrix products; auto is bf16 where that is fast, else fp32 (TF32 on CUDA)",
+        "of matrix products; auto is bf16 where that is fast, else fp32",
         choices=("auto", "fp32", "bf16"),
     )
     compile: bool = setting(False, "compile the model first, worthwhile on a GPU")
@@ -133,6 +133,42 @@ class Settings:
 
 
 # ----------------------------------------------------------------------------------------
+# Text
+# ----------------------------------------------------------------------------------------
+
+
+def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Splits a text into the part to learn from and the part to validate on, its end.
+
+    The validation part is one piece. Windows drawn from all over the text would adjoin what the
+    model has learned from, and share its names and phrases: their loss would be too low.
+
+    Each part must have a window and the character that follows it; else raises InputError.
+    """
+    val_length = round(len(ids) * settings.val_fraction)
+    window = settings.context_length + 1
+    if min(val_length, len(ids) - val_length) < window:
+        raise InputError(
+            f"{settings.data} is too short: it has {len(ids)} characters, and both the part to "
+            f"learn from and the {settings.val_fraction:.1%} held out must have {window}"
+        )
+    return ids[:-val_length], ids[-val_length:]
+
+
+EVAL_WINDOWS = 160  # of each part; with 400, evaluation took a tenth of the run
+
+
+def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
+    """Returns up to `count` windows, `(N, T + 1)`, evenly spread over the text.
+
+    No character is predicted twice.
+    """
+    stride = max(context_length, (len(ids) - context_length - 1) // count)
+    starts = torch.arange(0, len(ids) - context_length, stride)[:count]
+    return ids[starts[:, None] + torch.arange(context_length + 1)]
+
+
+# ----------------------------------------------------------------------------------------
 # Trainer
 # ----------------------------------------------------------------------------------------
 
@@ -152,9 +188,6 @@ class Trainer:
         # The machine
         self.device = find_device(settings.device)
         self.precision = choose_precision(settings, self.device)
-        if self.device.type == "cuda" and settings.precision == "auto":
-            # TF32 for the products that remain in float32: rounded to 10 bits, and faster.
-            torch.set_float32_matmul_precision("high")
         # Inside this context, matrix products are computed in bfloat16 if that is the precision.
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16"
@@ -210,8 +243,8 @@ class Trainer:
     def draw_windows(self) -> Tensor:
         """Returns where the windows of all steps start, one after another.
 
-        In each epoch the training part is cut into windows, which are read once, in random order.
-        On the sample, the loss is 0.018 lower than with windows from anywhere.
+        Each epoch cuts the training part into windows and reads each of them once, in random order.
+        On the sample, the validation loss is 0.018 lower than with windows from random places.
         """
         # One window fewer than fits, so that the first can start at a random offset.
         T = self.settings.context_length
@@ -235,7 +268,7 @@ class Trainer:
         return self.train_ids[own_starts[:, None] + offsets].to(self.device)
 
     def train_step(self) -> Tensor:
-        """Does one step. Returns this process's loss, as a tensor: its `item()` waits for a GPU."""
+        """Does one step. Returns this process's loss as a tensor: reading it waits for a GPU."""
         self.model.train()
         batch = self.get_batch()
         torch.manual_seed(self.make_seed(self.step, self.rank))  # for dropout
@@ -264,7 +297,7 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            with self.autocast:  # for Muon's matrix products
+            with self.autocast:
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -323,22 +356,20 @@ class Trainer:
 # ----------------------------------------------------------------------------------------
 
 
-def train(trainer: Trainer, report: "Report") -> None:
-    """Trains until the last step. Only process 0 evaluates, saves and reports."""
+def train(trainer: Trainer, report: "Report | None") -> None:
+    """Trains until the last step. Only process 0 has a report: it alone evaluates and saves."""
     settings = trainer.settings
-    is_main = trainer.rank == 0
-    if is_main and trainer.step == 0:
+    if report and trainer.step == 0:
         report.add(trainer.evaluate())  # not saved: it must not replace a trained model
 
     while trainer.step < settings.steps:
         loss = trainer.train_step()
-        report.add_step(loss)
-
-        is_due = trainer.step % settings.eval_interval == 0 or trainer.step == settings.steps
-        if is_main and is_due:
-            row = trainer.evaluate()
-            save(trainer)
-            report.add(row)
+        if report:
+            report.add_step(loss)
+            if trainer.step % settings.eval_interval == 0 or trainer.step == settings.steps:
+                row = trainer.evaluate()
+                save(trainer)
+                report.add(row)
 
 
 # ----------------------------------------------------------------------------------------
@@ -361,7 +392,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values at most 1
     x = x.contiguous()  # faster
-    for _ in range(5):
+    for _ in range(
+        5
+    ):  # in bfloat16 where the model's products are, since the trainer uses autocast
         gram = x @ x.mT  # (N, rows, rows)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b gram + c gram^2) x
@@ -402,28 +435,27 @@ class Muon(torch.optim.Optimizer):
         momentum = group["momentum"]
         average = self.state[p]["momentum_buffer"]
         average.lerp_(p.grad, 1 - momentum)  # momentum * average + (1 - momentum) * gradient
-        x = p.grad.lerp(average, momentum)
+        direction = p.grad.lerp(average, momentum)
 
-        # View stacked matrices as several, and a tall one as its transpose: x x^T is then the
-        # smaller product. The weights are a view of p: changing them changes p.
+        # View stacked matrices as several, and a tall one as its transpose, so that all are wide or
+        # square: x x^T is then the smaller product. Writing to `weights` writes to p.
         shape = (group["stacked"], -1, p.size(1))  # (N, rows, columns)
-        weights, x = p.view(shape), x.view(shape)
-        if x.size(1) > x.size(2):
-            weights, x = weights.mT, x.mT
+        weights, direction = p.view(shape), direction.view(shape)
+        if direction.size(1) > direction.size(2):
+            weights, direction = weights.mT, direction.mT
 
-        x = orthogonalize(x)
+        direction = orthogonalize(direction)
 
-        # Give all columns the same norm. In both layers of feed-forward, a column belongs to a
-        # hidden channel: none moves faster than another. (NorMuon does this for the rows of each
-        # matrix, the outputs of its layer, with running averages.)
-        x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
+        # Give every column norm 1. In feed-forward a column is now a hidden channel, in `expand`,
+        # transposed, as in `contract`: no channel moves faster than another. (NorMuon does this for
+        # the rows of each matrix, the outputs of its layer, with running averages.)
+        direction = direction / (direction.norm(dim=1, keepdim=True) + 1e-7)
 
-        # Scale the elements to a root mean square of 0.2, about that of AdamW's updates, so that
-        # one learning rate suits matrices of all shapes and both optimizers (Liu et al.). In a
-        # column of norm 1 it is 1 / sqrt(rows).
-        scale = 0.2 * math.sqrt(x.size(1))
+        # An element of such a column is about 1 / sqrt(rows). Scale it to 0.2, about the size of
+        # AdamW's updates (Liu et al.): one learning rate then suits matrices of all shapes.
+        scale = 0.2 * math.sqrt(direction.size(1))
         weights.mul_(1 - group["lr"] * group["weight_decay"])
-        weights.sub_(x, alpha=group["lr"] * scale)
+        weights.sub_(direction, alpha=group["lr"] * scale)
 
 
 def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimizer]:
@@ -431,14 +463,15 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
 
     AdamW averages the gradients of each weight, and divides the average by the root mean square
     of that weight's past gradients (Adam: Kingma and Ba, 2015, https://arxiv.org/abs/1412.6980).
-    The W stands for decoupled weight decay, which is not divided by it (Loshchilov and Hutter,
-    2019, https://arxiv.org/abs/1711.05101).
+    The W stands for weight decay that is applied to the weights directly, outside this division
+    (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101).
 
     The embedding and the output layer are matrices too, but each of their rows belongs to one
     character, and in practice AdamW is better for them (Jordan).
 
-    Weight decay acts on the matrices of the blocks alone. Norms and biases are few, and the rows of
-    a rare character should not shrink because it is rare.
+    Weight decay acts on the matrices of the blocks alone. Norms and biases are too few to need it.
+    The vector of a rare character would shrink at every step, and learn only in the few where the
+    character occurs.
 
     The trainer sets the learning rate at each step.
     """
@@ -456,52 +489,20 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
         {"params": qkv, "weight_decay": decay, "stacked": 3},  # queries, keys and values
         {"params": other_matrices, "weight_decay": decay},
     ]
-    rest = [{"params": others, "weight_decay": 0.0}]
-    use_muon = settings.optimizer == "muon"
+    adamw_groups = [{"params": others, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = []
+    if settings.optimizer == "muon":
+        optimizers.append(Muon(matrices))
+    else:
+        adamw_groups += matrices
     # Shorter memories than AdamW's usual 0.9 and 0.999: a run has few steps.
-    adamw = torch.optim.AdamW(rest if use_muon else rest + matrices, betas=(0.8, 0.99), fused=True)
-    return [Muon(matrices), adamw] if use_muon else [adamw]
+    optimizers.append(torch.optim.AdamW(adamw_groups, betas=(0.8, 0.99), fused=True))
+    return optimizers
 
 
 # ----------------------------------------------------------------------------------------
-# This is how the model learns. The rest is not needed to understand it.
+# That is how the model learns. What follows measures, reports, saves and starts the run.
 #
-# Text
-# ----------------------------------------------------------------------------------------
-
-
-def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Splits a text into the part to learn from and the part to validate on, its end.
-
-    The validation part is one piece. Windows drawn from all over the text would adjoin what the
-    model has learned from, and share its names and phrases: their loss would be too low.
-
-    Each part must have a window and the character that follows it; else raises InputError.
-    """
-    val_length = round(len(ids) * settings.val_fraction)
-    window = settings.context_length + 1
-    if min(val_length, len(ids) - val_length) < window:
-        raise InputError(
-            f"{settings.data} is too short: it has {len(ids)} characters, and both the part to "
-            f"learn from and the {settings.val_fraction:.1%} held out must have {window}"
-        )
-    return ids[:-val_length], ids[-val_length:]
-
-
-EVAL_WINDOWS = 160  # of each part; with 400, evaluation took a tenth of the run
-
-
-def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
-    """Returns up to `count` windows, `(N, T + 1)`, evenly spread over the text.
-
-    No character is predicted twice.
-    """
-    stride = max(context_length, (len(ids) - context_length - 1) // count)
-    starts = torch.arange(0, len(ids) - context_length, stride)[:count]
-    return ids[starts[:, None] + torch.arange(context_length + 1)]
-
-
-# ----------------------------------------------------------------------------------------
 # What counting can do, and what the model has learned
 # ----------------------------------------------------------------------------------------
 
@@ -556,8 +557,8 @@ CONTEXT_WINDOWS = 1000  # for the losses by context
 def loss_by_context(model: GPT, windows: Tensor) -> dict[int, float]:
     """Returns the mean loss by the amount of context: {1: ..., 2: ..., 4: ...}.
 
-    The entry for k is the mean over windows, `(N, T + 1)`, and over their characters with k to
-    2 k - 1 characters before them, so it shows how much a longer context helps.
+    Entry k is the mean over the characters that have k to 2 k - 1 characters before them in their
+    window, of windows `(N, T + 1)`. It shows what a longer context is worth.
     """
     losses = []  # (batch, T) each
     for rows in windows.to(model.lm_head.weight.device).split(32):
@@ -654,28 +655,27 @@ def open_tracker(name: str, settings: Settings) -> Any:
 class Report:
     """Shows how a run goes: a progress bar, printed losses, curves in files, and a tracker.
 
-    A failure of the curves or the tracker is one line, and does not stop training. Only process 0
-    reports.
+    A failure of the curves or the tracker is one line, and does not stop training.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         settings = trainer.settings
         self.trainer = trainer
+        self.saves_curves = True
         self.tracker = None
         self.tracker_name = choose_tracker(settings.tracker)
-        if trainer.rank == 0:
-            self.describe_start()
-            self.losses_to_beat = self.count_ngrams()
-            if self.tracker_name != "none":
-                self.tracker = self.attempt(open_tracker, self.tracker_name, settings)
-            for row in trainer.log:  # a resumed run is drawn from its beginning
-                self.track(row)
+        self.describe_start()
+        self.losses_to_beat = self.count_ngrams()
+        if self.tracker_name != "none":
+            self.tracker = self.attempt(open_tracker, self.tracker_name, settings)
+        for row in trainer.log:  # a resumed run is drawn from its beginning
+            self.track(row)
         self.bar = tqdm(
             total=settings.steps,
             initial=trainer.step,
             unit="step",
             dynamic_ncols=True,
-            disable=True if trainer.rank > 0 else None,  # None: unless stderr is a terminal
+            disable=None,  # disabled unless standard error is a terminal
         )
 
     def describe_start(self) -> None:
@@ -725,7 +725,7 @@ class Report:
             f"val loss {row['val_loss']:.4f} ({bits:.2f} bits/char)"
         )
         print_notice(f"    {' '.join(passage.split())}")
-        if row["step"] > 0:
+        if row["step"] > 0 and self.saves_curves:
             self.save_curves()
         self.track(row, passage)
 
@@ -741,7 +741,8 @@ class Report:
             write_file(settings.beside_model(".csv"), table.getvalue().encode())
             write_file(settings.beside_model(".png"), draw_losses(log, self.losses_to_beat))
         except (InputError, ImportError) as error:
-            print_notice(f"the curves could not be saved ({error}); training goes on")
+            print_notice(f"the curves cannot be saved ({error}); training goes on without them")
+            self.saves_curves = False
 
     def track(self, row: dict[str, float], passage: str | None = None) -> None:
         for name, value in row.items():
@@ -775,11 +776,12 @@ class Report:
         losses = loss_by_context(best, windows)
         figures = ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items())
         print(f"by context: {figures}")
-        print_notice(f"a passage by the best model:\n{write_passage(best, trainer, 200)}\n")
+        print_notice(f"a passage by the saved model:\n{write_passage(best, trainer, 200)}\n")
 
+        curves = f"; {settings.beside_model('.png')} shows the losses" if self.saves_curves else ""
         print_notice(
-            f"{settings.model} is the best model, of step {saved['step']}, with a validation loss "
-            f"of {saved['val_loss']:.4f}; {settings.beside_model('.png')} shows the losses"
+            f"{settings.model} is the model of step {saved['step']}, with a validation loss of "
+            f"{saved['val_loss']:.4f}{curves}"
         )
         model_flag = "" if settings.model == MODEL_PATH else f' --model "{settings.model}"'
         print_notice(
@@ -807,7 +809,10 @@ def save(trainer: Trainer) -> None:
     if trainer.saved_step == 0:
         # If the run is killed between the two files, --resume must not find the checkpoint of an
         # earlier run beside the model of this one.
-        settings.checkpoint.unlink(missing_ok=True)
+        try:
+            settings.checkpoint.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{settings.checkpoint} cannot be replaced: {error}") from error
 
     val_loss = trainer.log[-1]["val_loss"]
     is_best = val_loss == min(row["val_loss"] for row in trainer.log if row["step"] > 0)
@@ -843,12 +848,14 @@ def resume(trainer: Trainer) -> None:
     advice = "use the same, or start a new run without --resume"
     if saved.get("text_digest") != trainer.text_digest:
         raise InputError(f"{path} is of a run with another text: {advice}")
+    if saved["step"] > trainer.settings.steps:
+        raise InputError(f"{path} is of step {saved['step']}: raise --steps")
     for name, value in trainer.settings.as_text().items():
         saved_value = saved["settings"].get(name, value)
         if value == saved_value or name == "resume":
             continue
         if name in FIXED:
-            raise InputError(f"{path} is of a run whose {name} was {saved_value}: {advice}")
+            raise InputError(f"{path} is of a run with {flag_name(name)} {saved_value}: {advice}")
         if trainer.rank == 0:
             print_notice(f"{flag_name(name)} was {saved_value}, and is {value} from here on")
 
@@ -877,7 +884,7 @@ def check_outputs(settings: Settings) -> None:
             if path.exists() and content.encode() not in path.read_bytes():
                 raise InputError(f"{path} was not written by train.py: move it, or change --model")
 
-        # Try to write now, under a long name, rather than fail after the first steps.
+        # Write a test file, so that a read-only folder or too long a name is an error now.
         test_file = settings.beside_model(f".train.pth.{os.getpid()}.test")
         write_file(test_file, b"")
         test_file.unlink()
@@ -940,7 +947,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports an end by Ctrl-C
     except torch.OutOfMemoryError:
-        sys.exit("error: out of memory: raise --accumulate, or lower --batch-size")
+        sys.exit("error: out of memory: raise --accumulate, or take a smaller batch or model")
     except (InputError, FloatingPointError, BrokenPipeError) as error:
         sys.exit(f"error: {error}")
 
@@ -982,18 +989,20 @@ def run(settings: Settings) -> None:
     if settings.resume and settings.checkpoint.exists():
         resume(trainer)
 
-    report = Report(trainer)
+    report = Report(trainer) if is_main else None
     try:
         train(trainer, report)
     except KeyboardInterrupt:
-        if is_main and trainer.saved_step > 0:
-            print_notice(f"stopped; --resume continues from step {trainer.saved_step}")
-        elif is_main:
+        if report and trainer.saved_step > 0:
+            advice = f"the same command with --resume continues from step {trainer.saved_step}"
+            print_notice(f"stopped; {advice}")
+        elif report:
             print_notice("stopped; nothing of this run is saved yet")
         raise
     finally:
-        report.close()
-    if is_main:
+        if report:
+            report.close()
+    if report:
         report.end()
 
     if dist.is_initialized():
