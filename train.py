@@ -412,9 +412,9 @@ class Muon(torch.optim.Optimizer):
     (NorMuon), https://arxiv.org/abs/2510.05491. `torch.optim.Muon` takes 40 times as long on a CPU
     that does not compute in bfloat16.
 
-    Each group of parameters has `lr`, `momentum`, `weight_decay`, and `stacked`: the number of
-    matrices that are stacked one above the other in each parameter, such as those for queries,
-    keys and values. Each of them is orthogonalized alone.
+    Each group has parameters of one shape, which are computed side by side, and `lr`, `momentum`,
+    `weight_decay`, and `stacked`: the number of matrices that are stacked one above the other in
+    each parameter, such as those for queries, keys and values. Each is orthogonalized alone.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -424,38 +424,45 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self.update(params, group)
 
-    def update(self, p: Tensor, group: dict[str, Any]) -> None:
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         # Average the gradients, and look one step ahead (Nesterov).
-        if "momentum_buffer" not in self.state[p]:
-            self.state[p]["momentum_buffer"] = p.grad.clone()
         momentum = group["momentum"]
-        average = self.state[p]["momentum_buffer"]
-        average.lerp_(p.grad, 1 - momentum)  # momentum * average + (1 - momentum) * gradient
-        direction = p.grad.lerp(average, momentum)
+        directions = []
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = p.grad.clone()
+            average = self.state[p]["momentum_buffer"]
+            average.lerp_(p.grad, 1 - momentum)  # momentum * average + (1 - momentum) * gradient
+            directions.append(p.grad.lerp(average, momentum))
 
-        # View stacked matrices as several, and a tall one as its transpose, so that all are wide or
-        # square: x x^T is then the smaller product. Writing to `weights` writes to p.
-        shape = (group["stacked"], -1, p.size(1))  # (N, rows, columns)
-        weights, direction = p.view(shape), direction.view(shape)
-        if direction.size(1) > direction.size(2):
-            weights, direction = weights.mT, direction.mT
+        # Take the matrices of all parameters side by side, and transpose tall ones, so that all are
+        # wide or square: x x^T is then the smaller product.
+        rows, columns = params[0].shape
+        x = torch.stack(directions).view(-1, rows // group["stacked"], columns)
+        is_tall = x.size(1) > x.size(2)
+        if is_tall:
+            x = x.mT
 
-        direction = orthogonalize(direction)
+        x = orthogonalize(x)
 
         # Give every column norm 1. In feed-forward a column is now a hidden channel, in `expand`,
         # transposed, as in `contract`: no channel moves faster than another. (NorMuon does this for
         # the rows of each matrix, the outputs of its layer, with running averages.)
-        direction = direction / (direction.norm(dim=1, keepdim=True) + 1e-7)
+        x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
 
         # An element of such a column is about 1 / sqrt(rows). Scale it to 0.2, about the size of
         # AdamW's updates (Liu et al.): one learning rate then suits matrices of all shapes.
-        scale = 0.2 * math.sqrt(direction.size(1))
-        weights.mul_(1 - group["lr"] * group["weight_decay"])
-        weights.sub_(direction, alpha=group["lr"] * scale)
+        x = x * (0.2 * math.sqrt(x.size(1)))
+
+        if is_tall:
+            x = x.mT
+        for p, change in zip(params, x.reshape(-1, rows, columns), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(change, alpha=group["lr"])
 
 
 def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimizer]:
@@ -475,26 +482,28 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
 
     The trainer sets the learning rate at each step.
     """
-    qkv, other_matrices, others = [], [], []
+    matrices: dict[str, list[Tensor]] = {}  # those of all blocks, by name
+    others = []
     for name, p in model.named_parameters():
-        if not name.startswith("blocks.") or p.dim() < 2:
-            others.append(p)
-        elif name.endswith("qkv.weight"):
-            qkv.append(p)
+        if name.startswith("blocks.") and p.dim() == 2:
+            _, _, name_in_block = name.split(".", 2)  # such as attention.qkv.weight
+            matrices.setdefault(name_in_block, []).append(p)
         else:
-            other_matrices.append(p)
-
-    decay = settings.weight_decay
-    matrices = [
-        {"params": qkv, "weight_decay": decay, "stacked": 3},  # queries, keys and values
-        {"params": other_matrices, "weight_decay": decay},
+            others.append(p)
+    matrix_groups = [
+        {
+            "params": params,
+            "weight_decay": settings.weight_decay,
+            "stacked": 3 if name == "attention.qkv.weight" else 1,  # queries, keys and values
+        }
+        for name, params in matrices.items()
     ]
     adamw_groups = [{"params": others, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = []
     if settings.optimizer == "muon":
-        optimizers.append(Muon(matrices))
+        optimizers.append(Muon(matrix_groups))
     else:
-        adamw_groups += matrices
+        adamw_groups += matrix_groups
     # Shorter memories than AdamW's usual 0.9 and 0.999: a run has few steps.
     optimizers.append(torch.optim.AdamW(adamw_groups, betas=(0.8, 0.99), fused=True))
     return optimizers
