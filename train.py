@@ -165,7 +165,12 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
     """
     stride = max(context_length, (len(ids) - context_length - 1) // count)
     starts = torch.arange(0, len(ids) - context_length, stride)[:count]
-    return ids[starts[:, None] + torch.arange(context_length + 1)]
+    return windows_at(starts, ids, context_length)
+
+
+def windows_at(starts: Tensor, ids: Tensor, context_length: int) -> Tensor:
+    """Returns the windows that start there, `(N, T + 1)`, with the character after each."""
+    return ids[starts[:, None] + torch.arange(context_length + 1)]  # of (N, 1) + (T + 1,)
 
 
 # ----------------------------------------------------------------------------------------
@@ -264,8 +269,8 @@ class Trainer:
         batch_size = self.settings.batch_size
         starts = self.window_starts[self.step * batch_size :][:batch_size]
         own_starts = starts.chunk(self.world)[self.rank]  # (B,)
-        offsets = torch.arange(self.settings.context_length + 1)  # (T + 1,)
-        return self.train_ids[own_starts[:, None] + offsets].to(self.device)
+        windows = windows_at(own_starts, self.train_ids, self.settings.context_length)
+        return windows.to(self.device)
 
     def train_step(self) -> Tensor:
         """Does one step. Returns this process's loss as a tensor: reading it waits for a GPU."""
@@ -392,9 +397,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values at most 1
     x = x.contiguous()  # faster
-    for _ in range(
-        5
-    ):  # in bfloat16 where the model's products are, since the trainer uses autocast
+    # The trainer calls this within its autocast: the products are in bfloat16 if the model's are.
+    for _ in range(5):
         gram = x @ x.mT  # (N, rows, rows)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b gram + c gram^2) x
