@@ -589,17 +589,14 @@ def write_file(path: Path, data: bytes) -> None:
     It is written under a temporary name and then renamed, so that at every moment the path holds
     a whole file, the previous one or the new one. Raises InputError if it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # the data must be on the disk before it gets its name
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the data must be on the disk before it gets its name
+        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -652,8 +649,6 @@ def read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except MemoryError as error:
-        raise InputError(f"{path} cannot be read: MemoryError, it is too large") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}): convert it first") from error
     return unicodedata.normalize("NFC", text)

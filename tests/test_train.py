@@ -969,15 +969,6 @@ def test_a_model_of_another_model_py_can_be_replaced(project):
     )
 
 
-def test_a_text_that_does_not_fit_into_memory_is_named(project, monkeypatch):
-    def fail(*_: object, **__: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr("pathlib.Path.read_text", fail)
-    error = project.train(status=1).stderr
-    assert f"{project.text_file} cannot be read: MemoryError" in error
-
-
 # Mistakes in edited code
 
 
