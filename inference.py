@@ -36,22 +36,22 @@ def main() -> None:
     use_utf8()
     args = parse_arguments()
     try:
-        model, tokenizer, _ = load_model(args.model, find_device(args.device))
-        if args.interactive:
-            complete_lines(model, tokenizer, args)
-        elif args.score is None and args.attention is None:
-            complete(model, tokenizer, args.prompt, args)
+        device = find_device(args.device)
+        model, tokenizer, _ = load_model(args.model, device)
+        text = args.prompt if args.score is None else args.score
         if args.attention is not None:
-            text = args.prompt if args.score is None else args.score
             draw_attention(model, tokenizer, text, args.attention)
         if args.score is not None:
-            show_score(model, tokenizer, args.score)
+            show_score(model, tokenizer, text)
+        elif args.interactive:
+            complete_lines(model, tokenizer, args)
+        elif args.attention is None:
+            complete(model, tokenizer, text, args)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports an end by Ctrl-C
     except BrokenPipeError:  # for example from head, which reads only the beginning
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory: lower --num-samples, or score a shorter text")
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
     except InputError as error:
         sys.exit(f"error: {error}")
 
@@ -74,19 +74,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, help="makes the texts the same each time")
     add("--num-samples", type=int, default=1, help="texts to write, with a blank line between")
     add("--device", default="auto", help="cpu, cuda or mps; auto is a GPU if there is one")
-    add("--interactive", action="store_true", help="continue each line of standard input")
-    add("--score", metavar="TEXT", help="show how likely each character of TEXT is")
-    add(
-        "--attention",
-        type=Path,
-        metavar="FILE.png",
-        help="draw the attention weights of each head for TEXT, or for the prompt",
-    )
+    add("--attention", type=Path, metavar="FILE.png", help="draw what each head looks at")
+    add_one = parser.add_mutually_exclusive_group().add_argument
+    add_one("--interactive", action="store_true", help="continue each line of standard input")
+    add_one("--score", metavar="TEXT", help="show how likely each character of TEXT is")
 
     args = parser.parse_args()
-    if args.max_new_tokens < 0:
-        parser.error("--max-new-tokens must be at least 0")
-    if not 0 <= args.temperature < math.inf:
+    if not args.temperature >= 0:  # also if it is nan
         parser.error("--temperature must be at least 0")
     if args.top_k is not None and args.top_k < 1:
         parser.error("--top-k must be at least 1")
@@ -94,8 +88,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--top-p must be above 0 and at most 1")
     if args.num_samples < 1:
         parser.error("--num-samples must be at least 1")
-    if args.interactive and (args.score is not None or args.attention is not None):
-        parser.error("--interactive cannot be combined with --score or --attention")
     return args
 
 
@@ -108,59 +100,46 @@ def encode(model: GPT, tokenizer: CharTokenizer, text: str) -> Tensor:
 # Generating
 
 
-def complete(
-    model: GPT, tokenizer: CharTokenizer, beginning: str, args: argparse.Namespace
-) -> None:
-    """Prints the first text while it is generated, then the others of the same batch.
-
-    Raises InputError if the model does not know a character of the prompt.
-    """
+def complete(model: GPT, tokenizer: CharTokenizer, text: str, args: argparse.Namespace) -> None:
+    """Prints the first continuation while it is generated, then the others of the same batch."""
     # The model has to read something: the first known character is the line break in most texts.
-    ids = encode(model, tokenizer, beginning or tokenizer.characters[0])  # (T,)
-    generator = torch.Generator()
-    if args.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(args.seed)
-    new_ids = model.generate(
-        ids.expand(args.num_samples, -1),  # (B, T)
-        args.max_new_tokens,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        generator,
-    )
+    ids = encode(model, tokenizer, text or tokenizer.characters[0])  # (T,)
+    ids = ids.expand(args.num_samples, -1)  # (B, T)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    new_ids = model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 
-    texts = [""] * args.num_samples
-    is_finished = [False] * args.num_samples
-    print(beginning, end="", flush=True)
+    def is_finished(continuation: str) -> bool:
+        return bool(args.stop) and continuation.endswith(args.stop)
+
+    continuations = [""] * args.num_samples
+    print(text, end="", flush=True)
     for next_ids in new_ids:  # (B,)
         for i, character in enumerate(tokenizer.decode(next_ids)):
-            if is_finished[i]:
+            if is_finished(continuations[i]):
                 continue
-            texts[i] += character
-            is_finished[i] = bool(args.stop) and texts[i].endswith(args.stop)
+            continuations[i] += character
             if i == 0:
                 print(character, end="", flush=True)
-        if all(is_finished):
+        if all(map(is_finished, continuations)):
             break
-    print(flush=True)
+    print()
 
-    for text in texts[1:]:
+    for continuation in continuations[1:]:
         print()
-        print(beginning + text, flush=True)
+        print(text + continuation)
 
 
 def complete_lines(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace) -> None:
     """Continues each line of standard input. Ctrl-C stops a text, the end of input the session."""
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
+            line = input("> " if sys.stdin.isatty() else "")
             complete(model, tokenizer, line, args)
         except EOFError:
             return
         except KeyboardInterrupt:
-            print(flush=True)
+            print()
         except InputError as error:  # an unknown character
             print(f"error: {error}", file=sys.stderr)
 
@@ -169,34 +148,32 @@ def complete_lines(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespac
 
 
 def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
-    """Prints how likely the model finds each character of a text but the first.
-
-    Raises InputError if the text is shorter than two characters or one of them is unknown.
-    """
+    """Prints how likely the model finds each character of a text but the first."""
     ids = encode(model, tokenizer, text)  # (T,)
     if len(ids) < 2:
         raise InputError("--score needs at least two characters: the first is only read")
     log_probs = read_logits(model, ids).log_softmax(dim=-1)  # (T, V)
-    # Row t holds the probabilities of character t + 1.
-    losses = -log_probs[:-1].gather(1, ids[1:, None]).flatten()  # (T - 1,), in nats
 
     print("character  probability   bits  likeliest")
-    for character, loss, row in zip(
-        tokenizer.decode(ids[1:]), losses.tolist(), log_probs[:-1], strict=True
-    ):
+    losses = []
+    for t, character in enumerate(tokenizer.decode(ids[1:])):
+        predicted = log_probs[t]  # (V,), for character t + 1
+        loss = -predicted[ids[t + 1]].item()  # in nats
+        losses.append(loss)
+        name = visible(character)
+        probability = math.exp(-loss)
         bits = loss / math.log(2)
-        print(
-            f"{visible(character):<9}  {math.exp(-loss):11.2%}  {bits:5.2f}  "
-            f"{likeliest(tokenizer, row, 3)}"
-        )
+        best = likeliest(tokenizer, predicted, 3)
+        print(f"{name:<9}  {probability:11.2%}  {bits:5.2f}  {best}")
     print(f"next: {likeliest(tokenizer, log_probs[-1], 5)}")
 
-    loss = losses.mean()
-    # Perplexity, exp(loss): as uncertain as a choice among that many equally likely characters.
+    loss = sum(losses) / len(losses)
+    bits = loss / math.log(2)
+    # As uncertain as a choice among that many equally likely characters.
+    perplexity = math.exp(loss)
     print(
-        f"loss {loss:.3f} nats, {loss / math.log(2):.2f} bits/char, "
-        f"perplexity {loss.exp():.2f} over {len(losses)} characters",
-        flush=True,
+        f"loss {loss:.3f} nats, {bits:.2f} bits/char, "
+        f"perplexity {perplexity:.2f} over {len(losses)} characters"
     )
 
 
@@ -249,10 +226,7 @@ def attention_weights(model: GPT, ids: Tensor) -> list[Tensor]:
 
 
 def draw_attention(model: GPT, tokenizer: CharTokenizer, text: str, path: Path) -> None:
-    """Draws the attention weights for a text: a row for each block, a column for each head.
-
-    Raises InputError if the text is too long, or if one of its characters is unknown.
-    """
+    """Draws the attention weights for a text: a row for each block, a column for each head."""
     from matplotlib.figure import Figure  # imported here: it is slow to import
 
     ids = encode(model, tokenizer, text)
@@ -263,12 +237,10 @@ def draw_attention(model: GPT, tokenizer: CharTokenizer, text: str, path: Path) 
     places = range(len(ids))
 
     weights = attention_weights(model, ids)
-    rows, columns = len(weights), model.config.n_head
+    rows = len(weights)
+    columns = model.config.n_head
     figure = Figure(figsize=(4 * columns, 4 * rows + 1), layout="constrained")
-    figure.suptitle(
-        "Row by row: how much each character takes from itself and from each character before it "
-        "(white: nothing, dark: all)"
-    )
+    figure.suptitle("Row by row: what a character takes from each (white: nothing, dark: all)")
     for block, heads in enumerate(weights):
         for head, square in enumerate(heads):
             axes = figure.add_subplot(rows, columns, block * columns + head + 1)

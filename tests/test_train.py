@@ -1,7 +1,5 @@
 """What train.py promises: its parts, and the program as its user sees it."""
 
-import csv
-import dataclasses
 import math
 import os
 import random
@@ -71,21 +69,23 @@ def evaluations(output: str) -> list[tuple[int, float, float, float]]:
     return [(int(m[1]), float(m[2]), float(m[3]), float(m[4])) for m in matches]
 
 
-def assert_same_weights(path: Path, other: Path) -> None:
-    weights, others = load_content(path)["weights"], load_content(other)["weights"]
+def assert_equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
+        assert torch.equal(weight.cpu(), others[name].cpu()), name
+
+
+def assert_same_weights(path: Path, other: Path) -> None:
+    assert_equal(load_content(path)["weights"], load_content(other)["weights"])
 
 
 # Text
 
 
-@pytest.mark.parametrize("val_fraction", [0.1, 0.5, 0.9])
-def test_the_end_of_a_text_is_held_out_if_both_parts_have_a_window(project, val_fraction):
-    settings = small_settings(project, val_fraction=val_fraction)
-    for length in range(400):
-        val_length = round(length * val_fraction)
+def test_the_end_of_a_text_is_held_out_if_both_parts_have_a_window(project):
+    settings = small_settings(project, val_fraction=0.2)
+    for length in range(200):
+        val_length = round(length * 0.2)
         if min(val_length, length - val_length) >= 17:
             train_ids, val_ids = split_text(torch.arange(length), settings)
             assert len(val_ids) == val_length
@@ -152,10 +152,6 @@ def test_the_losses_to_beat_are_those_of_counting(training, windows):
 # Optimizers
 
 
-def muon_for(matrices: list[torch.Tensor], **options: float) -> Muon:
-    return Muon([{"params": matrices, "momentum": 0.95, "weight_decay": 0.0, **options}])
-
-
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
@@ -179,52 +175,50 @@ def test_orthogonalizing_sets_all_singular_values_to_about_1(shape):
         assert cosine(result, nearest_orthogonal(matrix)) > 0.9
 
 
+def reference_muon(matrix: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """One matrix after steps with the rate 0.1, the momentum 0.95 and the weight decay 0.5."""
+    average = gradients[0]
+    for gradient in gradients:
+        average = 0.95 * average + 0.05 * gradient
+        direction = 0.95 * average + 0.05 * gradient
+        wide = direction.T if direction.size(0) > direction.size(1) else direction
+        change = orthogonalize(wide[None])[0]
+        change = change / change.norm(dim=0)
+        change = 0.2 * math.sqrt(change.size(0)) * change
+        change = change if wide is direction else change.T
+        matrix = matrix - 0.1 * 0.5 * matrix - 0.1 * change
+    return matrix
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon_moves_a_matrix_equally_in_all_directions_by_a_fifth_of_the_rate(shape):
+def test_muon_moves_each_matrix_of_its_parameters_by_the_definition(shape):
     torch.manual_seed(0)
-    matrix = torch.nn.Parameter(torch.zeros(shape))
-    matrix.grad = torch.randn(shape)
-    muon_for([matrix], lr=0.5).step()
-    assert cosine(-matrix.detach(), nearest_orthogonal(matrix.grad)) > 0.9
-    shorter_side = 1 if shape[0] > shape[1] else 0
-    typical_sizes = matrix.detach().square().mean(dim=shorter_side).sqrt()
-    torch.testing.assert_close(typical_sizes, torch.full_like(typical_sizes, 0.2 * 0.5))
-
-
-def test_muon_averages_gradients_and_looks_one_step_ahead():
-    first, second = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
-    matrix = torch.nn.Parameter(torch.zeros(16, 16))
-    optimizer = muon_for([matrix], lr=1.0)
-    matrix.grad = first
-    optimizer.step()
-    before = matrix.detach().clone()
-    matrix.grad = second
-    optimizer.step()
-
-    average = 0.95 * first + 0.05 * second
-    look_ahead = 0.95 * average + 0.05 * second
-    assert cosine(before - matrix.detach(), nearest_orthogonal(look_ahead)) > 0.9
-
-
-def test_muon_decays_a_matrix_whose_gradient_is_zero():
-    matrix = torch.nn.Parameter(torch.ones(4, 6))
-    matrix.grad = torch.zeros(4, 6)
-    muon_for([matrix], lr=0.1, weight_decay=0.5).step()
-    torch.testing.assert_close(matrix.detach(), torch.full((4, 6), 0.95))
-
-
-def test_muon_moves_the_parts_of_a_parameter_as_it_would_separate_matrices():
-    torch.manual_seed(0)
-    whole = torch.nn.Parameter(torch.randn(24, 8))
-    parts = [torch.nn.Parameter(part.clone()) for part in whole.detach().chunk(3)]
-    optimizer, separate = muon_for([whole], lr=0.01, stacked=3), muon_for(parts, lr=0.01)
-    for _ in range(3):
-        whole.grad = torch.randn(24, 8)
-        for part, gradient in zip(parts, whole.grad.chunk(3), strict=True):
-            part.grad = gradient.clone()
+    rows, columns = shape
+    params = [torch.nn.Parameter(torch.randn(3 * rows, columns)) for _ in range(2)]
+    before = [p.detach().clone() for p in params]
+    gradients = torch.randn(4, 2, 3 * rows, columns)  # of four steps
+    group = {"params": params, "stacked": 3, "lr": 0.1, "momentum": 0.95, "weight_decay": 0.5}
+    optimizer = Muon([group])
+    for gradients_of_step in gradients:
+        for p, gradient in zip(params, gradients_of_step, strict=True):
+            p.grad = gradient.clone()
         optimizer.step()
-        separate.step()
-    torch.testing.assert_close(whole.detach(), torch.cat([part.detach() for part in parts]))
+
+    for i, p in enumerate(params):
+        for part in range(3):
+            own = slice(part * rows, (part + 1) * rows)
+            expected = reference_muon(before[i][own], list(gradients[:, i, own]))
+            torch.testing.assert_close(p.detach()[own], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_muon_moves_a_matrix_equally_in_all_directions_by_a_fifth_of_the_rate():
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.zeros(16, 64))
+    matrix.grad = torch.randn(16, 64)
+    Muon([{"params": [matrix], "lr": 0.5}]).step()
+    assert cosine(-matrix.detach(), nearest_orthogonal(matrix.grad)) > 0.9
+    typical_sizes = matrix.detach().square().mean(dim=0).sqrt()
+    torch.testing.assert_close(typical_sizes, torch.full_like(typical_sizes, 0.2 * 0.5))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -257,10 +251,11 @@ def test_the_parts_of_a_batch_add_up_to_the_batch(project):
     for _ in range(4):
         loss = whole.train_step()
         torch.testing.assert_close(three_parts.train_step(), loss, atol=1e-5, rtol=0)
-        torch.testing.assert_close(three_parts.grad_norm, whole.grad_norm, atol=1e-4, rtol=1e-4)
+    for p, other in zip(whole.model.parameters(), three_parts.model.parameters(), strict=True):
+        torch.testing.assert_close(p, other, atol=1e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("length", [17, 18, 33, 40, 64, 65, 200])
+@pytest.mark.parametrize("length", [17, 33, 40, 200])
 def test_an_epoch_reads_each_character_once_and_begins_anywhere(project, length):
     trainer = Trainer(small_settings(project, batch_size=5, steps=400))
     trainer.train_ids = torch.arange(length)
@@ -305,9 +300,8 @@ def test_a_run_resumed_twice_equals_one_that_was_not_interrupted(
         trainer.evaluate()
         train.save(trainer)
 
-    weights = load_content(settings.checkpoint)["weights"]
-    for name, weight in uninterrupted.model.state_dict().items():
-        assert torch.equal(weights[name].cpu(), weight.cpu()), name
+    saved = load_content(settings.checkpoint)
+    assert_equal(saved["weights"], uninterrupted.model.state_dict())
 
 
 def test_another_seed_is_another_run(project):
@@ -337,9 +331,6 @@ class StepReport:
     def add(self, row: dict[str, float]) -> None:
         self.steps.append(row["step"])
 
-    def add_step(self, loss: torch.Tensor) -> None:
-        pass
-
 
 def test_evaluations_come_at_their_interval_and_at_the_end_once(project):
     report = StepReport()
@@ -368,12 +359,7 @@ def test_products_are_in_bf16_and_attention_and_weights_in_fp32_on_a_cpu(project
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
-PROCESSORS = [
-    ({}, "fp32"),
-    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "fp32"),
-    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
-    ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, "bf16"),
-]
+PROCESSORS = [({}, "fp32"), ({"avx512_bf16": False}, "fp32"), ({"avx512_bf16": True}, "bf16")]
 
 
 @pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="torch is older than 2.12")
@@ -393,8 +379,6 @@ def test_bf16_is_refused_on_mps(project):
 
 # Resuming
 
-FIXED = {"n_layer": 1, "optimizer": "adamw", "val_fraction": 0.2}
-
 
 def save_first_checkpoint(project: Project) -> None:
     trainer = Trainer(small_settings(project))
@@ -403,14 +387,9 @@ def save_first_checkpoint(project: Project) -> None:
     train.save(trainer)
 
 
-@pytest.mark.parametrize(("name", "value"), FIXED.items())
-def test_resuming_with_another_value_of_a_fixed_setting_is_refused_by_name(project, name, value):
-    save_first_checkpoint(project)
-    with pytest.raises(InputError, match=rf"of a run with {train.flag_name(name)} "):
-        resume(small_settings(project, **{name: value}))
-
-
-def test_resuming_on_another_text_is_refused_and_with_other_settings_possible(project, capsys):
+def test_a_run_is_resumed_with_the_same_text_and_model_and_other_settings_may_differ(
+    project, capsys
+):
     save_first_checkpoint(project)
     resumed = resume(small_settings(project, steps=20, learning_rate=0.1, weight_decay=0.7))
     assert resumed.optimizers[0].param_groups[0]["weight_decay"] == 0.7
@@ -419,8 +398,10 @@ def test_resuming_on_another_text_is_refused_and_with_other_settings_possible(pr
         f"--learning-rate was {Settings.learning_rate}, and is 0.1 from here on",
         "--weight-decay was 0.4, and is 0.7 from here on",
     ]
-    with pytest.raises(InputError, match="is of step 3: raise --steps"):
-        resume(small_settings(project, steps=2))
+    with pytest.raises(InputError, match=r"of a run with --n-layer 2: use the same"):
+        resume(small_settings(project, n_layer=1))
+    with pytest.raises(InputError, match=r"of a run with --optimizer muon: use the same"):
+        resume(small_settings(project, optimizer="adamw"))
     project.text_file.write_text(project.text[::-1], encoding="utf-8")
     with pytest.raises(InputError, match="with another text"):
         resume(small_settings(project))
@@ -429,7 +410,6 @@ def test_resuming_on_another_text_is_refused_and_with_other_settings_possible(pr
 def test_a_run_whose_model_was_moved_saves_the_next_one(project):
     project.train()
     project.model.rename(project.directory / "moved.pth")
-    project.train("--resume")  # has nothing to do
     project.train("--resume", "--steps=9", "--learning-rate=1")
     assert load_model(project.model)[2]["step"] == 9
 
@@ -491,8 +471,7 @@ def test_a_run_prints_falling_losses_and_saves_the_best_model_and_a_checkpoint(p
     assert metadata["val_loss"] == pytest.approx(best_val_loss, abs=1e-4)
     assert tokenizer.characters == "".join(sorted(set(project.text)))
     files = sorted(path.name for path in project.model.parent.iterdir())
-    beside = ["model-scifi.csv", "model-scifi.png", "model-scifi.pth", "model-scifi.train.pth"]
-    assert files == beside
+    assert files == ["model-scifi.png", "model-scifi.pth", "model-scifi.train.pth"]
 
 
 def test_a_run_says_what_it_trains_what_to_beat_what_it_learned_and_what_comes_next(project):
@@ -509,8 +488,6 @@ def test_a_run_says_what_it_trains_what_to_beat_what_it_learned_and_what_comes_n
         r"to beat: uniform \d\.\d{3}, unigram .* 5-gram .* \(counted in .* characters\)", lines[0]
     )
     assert re.fullmatch(r"by context: 1: \d+\.\d\d, 2: .*, 8: \d+\.\d\d", lines[-1])
-    passage = done.stderr.split("a passage by the saved model:\n")[1].split(f"\n\n{path}")[0]
-    assert len(passage) == 200
 
 
 def test_a_log_file_has_whole_lines_and_no_progress_bar(project):
@@ -528,11 +505,9 @@ def test_two_runs_print_the_same(project):
     assert first == second
 
 
-def test_without_books_it_trains_on_the_sample_and_names_the_commands(project):
+def test_without_books_it_trains_on_the_sample_and_names_it(project):
     project.text_file.rename(project.directory / "data/sample.txt")
-    notices = project.train().stderr
-    assert "data/sample.txt: " in notices
-    assert "python bin/download.py, then bash bin/concatenate.sh" in notices
+    assert "data/sample.txt: " in project.train().stderr
 
 
 def test_a_named_text_that_is_missing_is_never_replaced_by_the_sample(project):
@@ -589,17 +564,6 @@ def test_a_run_that_diverges_stops_and_keeps_the_files_of_its_last_evaluation(pr
 # Interruptions
 
 
-def read_lines(process: subprocess.Popen, count: int) -> list[str]:
-    return [process.stdout.readline() for _ in range(count)]
-
-
-def finish(process: subprocess.Popen) -> str:
-    """Waits for the end of a process. Returns what it has written to standard error."""
-    with process:
-        _, stderr = process.communicate(timeout=120)
-    return stderr
-
-
 KILLS = int(os.environ.get("KILLS", "4"))  # set in the environment for a longer search
 
 
@@ -619,10 +583,11 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_end(project):
                 load_model(path)  # raises InputError if it is not whole
 
     project.train(*flags, "--resume")
-    assert_same_weights(project.checkpoint, undisturbed.with_suffix(".train.pth"))
+    checkpoints = project.checkpoint, undisturbed.with_suffix(".train.pth")
+    assert_same_weights(*checkpoints)
     assert_same_weights(project.model, undisturbed)
-    log, undisturbed_log = project.model.with_suffix(".csv"), undisturbed.with_suffix(".csv")
-    assert log.read_text() == undisturbed_log.read_text()
+    logs = [load_content(path)["metadata"]["log"] for path in checkpoints]
+    assert logs[0] == logs[1]
 
 
 def close_terminal(process: subprocess.Popen) -> None:
@@ -639,32 +604,23 @@ def press_ctrl_c(process: subprocess.Popen) -> None:
 
 @posix_only
 @pytest.mark.parametrize("interrupt", [close_terminal, close_standard_output, press_ctrl_c])
-def test_an_interrupted_run_resumes_to_the_same_end(project, interrupt):
-    flags = ["--steps=3000", "--eval-interval=20"]
-    process = project.start_training(*flags)
-    read_lines(process, 4)  # what to beat, steps 0, 20 and 40
-    interrupt(process)
-    process.wait(timeout=60)
-    stderr = process.stderr.read()
-    for stream in (process.stdout, process.stderr):
-        stream.close()
+def test_an_interrupted_run_leaves_the_checkpoint_of_its_last_evaluation(project, interrupt):
+    process = project.start_training("--steps=3000", "--eval-interval=20")
+    with process.stdout as stdout, process.stderr as stderr:
+        for _ in range(4):  # what to beat, steps 0, 20 and 40
+            stdout.readline()
+        interrupt(process)
+        process.wait(timeout=60)
+        errors = stderr.read()
     if interrupt is press_ctrl_c:
         assert process.returncode == 130
-        assert re.search(
-            r"stopped; the same command with --resume continues from step [1-9]\d*\n$", stderr
-        )
+        assert re.search(r"the same command with --resume continues from step \d+\n$", errors)
 
-    last = load_content(project.checkpoint)["metadata"]["step"] + 20
-    project.train(*flags, "--resume", f"--steps={last}", "--learning-rate=0.01")
-    undisturbed = project.directory / "models/undisturbed.pth"
-    settings = small_settings(project, steps=3000, batch_size=4, model=undisturbed)
-    trainer = Trainer(settings)
-    take_steps(trainer, last - 20)
-    trainer.settings = dataclasses.replace(settings, steps=last, learning_rate=0.01)
-    take_steps(trainer, last)
-    weights = load_content(project.checkpoint)["weights"]
-    for name, weight in trainer.model.state_dict().items():
-        assert torch.equal(weights[name], weight), name
+    saved = load_content(project.checkpoint)
+    assert saved["metadata"]["step"] >= 40
+    trainer = Trainer(small_settings(project, steps=3000, batch_size=4))
+    take_steps(trainer, saved["metadata"]["step"])
+    assert_equal(saved["weights"], trainer.model.state_dict())
 
 
 def test_without_a_checkpoint_resuming_starts_at_step_0_and_says_so(project):
@@ -705,15 +661,11 @@ def test_two_processes_that_are_killed_resume_to_the_same_end(project):
     whole = torchrun(project, 2, *flags, f"--model={project.directory / 'whole.pth'}")
     assert whole.returncode == 0, whole.stderr
     shorter = project.directory / "parts.pth"
-    script = project.directory / "train.py"
-    text = script.read_text(encoding="utf-8")
-    update = "        loss = trainer.train_step()\n"
-    die = "        if trainer.step == 5:\n            os.kill(os.getpid(), 9)\n"
-    dying = text.replace(update, update + die)
-    assert dying != text
-    script.write_text(dying, encoding="utf-8")
+    is_last = "if report and (is_due or trainer.step == last_step):"
+    die = "if trainer.step == 5: os.kill(os.getpid(), 9)\n            "
+    project.edit("train.py", is_last, die + is_last)
     assert torchrun(project, 2, *flags, f"--model={shorter}").returncode != 0
-    script.write_text(text, encoding="utf-8")
+    project.edit("train.py", die, "")
     assert load_content(project.directory / "parts.train.pth")["metadata"]["step"] == 3
     resumed = torchrun(project, 2, *flags, f"--model={shorter}", "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -728,33 +680,18 @@ def test_half_an_environment_of_torchrun_is_ignored(project, monkeypatch):
     assert len(evaluations(project.train().stdout)) == 3
 
 
-# The log, the picture and the trackers
+# The picture and the trackers
 
 
-def logged(project: Project) -> list[list[str]]:
-    with open(project.directory / "models/model-scifi.csv", encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))
+def test_a_picture_that_cannot_be_written_does_not_end_training(project, monkeypatch, capsys):
+    def fail(path: Path, data: bytes) -> None:
+        raise InputError(f"{path} cannot be written: it is open in another program")
 
-
-def test_the_log_has_a_row_for_each_evaluation_also_of_a_resumed_run(project):
-    printed = evaluations(project.train().stdout)
-    printed += evaluations(project.train("--resume", "--steps=9").stdout)
-    header, *rows = logged(project)
-    assert header == ["step", "train_loss", "val_loss", "learning_rate", "gradient_norm"]
-    assert [int(row[0]) for row in rows] == [0, 3, 6, 9]
-    for row, (step, train_loss, val_loss, _) in zip(rows, printed, strict=True):
-        assert int(row[0]) == step
-        assert float(row[1]) == pytest.approx(train_loss, abs=1e-4)
-        assert float(row[2]) == pytest.approx(val_loss, abs=1e-4)
-
-
-def test_what_cannot_be_drawn_or_logged_is_one_line_and_training_goes_on(project, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    done = project.train()
-    notices = [line for line in done.stderr.splitlines() if "cannot be saved" in line]
-    assert len(notices) == 1
-    assert ".png shows" not in done.stderr
-    assert load_model(project.checkpoint)[2]["step"] == 6
+    monkeypatch.setattr(train, "write_file", fail)
+    monkeypatch.setattr(train, "check_outputs", lambda settings: None)  # writes a file
+    train.run(small_settings(project, tracker="none"))
+    assert "in another program; training goes on" in capsys.readouterr().err
+    assert load_model(project.checkpoint)[2]["step"] == 8
 
 
 class RecordingTracker:
@@ -788,7 +725,7 @@ def run_with_recorder(
 ) -> list[tuple[str, str, int]]:
     """Returns what a run sends to its tracker: methods, names and steps."""
     tracker = RecordingTracker(fails_in)
-    monkeypatch.setattr(train, "open_tracker", tracker.open)
+    monkeypatch.setattr(train, "make_tracker", tracker.open)
     train.run(small_settings(project, tracker="aim", resume=is_resumed, steps=9))
     return tracker.calls
 
@@ -797,9 +734,7 @@ def test_a_resumed_run_is_drawn_from_its_beginning(project, monkeypatch):
     project.train("--batch-size=12", "--steps=6")
     calls = run_with_recorder(project, monkeypatch, is_resumed=True)
     assert [step for _, name, step in calls if name == "val_loss"] == [0, 3, 6, 9]
-    assert [(name, step) for method, name, step in calls if method == "add_text"] == [
-        ("passage", 9)
-    ]
+    assert [step for method, _, step in calls if method == "add_text"] == [9]
     assert calls[-1][0] == "close"
 
 
@@ -852,7 +787,7 @@ def test_aim_shows_both_losses_of_a_run(project):
     subprocess.run(reindex, input=b"y", capture_output=True, check=True)  # as aim up does
     (run,) = aim.Repo(str(project.directory)).iter_runs()
     metrics = {metric.name: metric for metric in run.metrics()}
-    assert set(metrics) == {"train_loss", "val_loss", "learning_rate", "gradient_norm"}
+    assert set(metrics) == {"train_loss", "val_loss"}
     for column, name in ((1, "train_loss"), (2, "val_loss")):
         steps, (losses, *_) = metrics[name].data.numpy()
         assert steps.tolist() == [0, 3, 6]
@@ -870,14 +805,13 @@ def test_tensorboard_shows_both_losses_of_a_run(project):
     lines = evaluations(train_with_tracker(project, "tensorboard"))
     (run,) = (project.directory / "runs").iterdir()
     events = EventAccumulator(str(run)).Reload()
-    names = {"train_loss", "val_loss", "learning_rate", "gradient_norm"}
-    assert set(events.Tags()["scalars"]) == names
+    assert set(events.Tags()["scalars"]) == {"train_loss", "val_loss"}
     for column, name in ((1, "train_loss"), (2, "val_loss")):
         losses = events.Scalars(name)
         assert [event.step for event in losses] == [0, 3, 6]
         expected = [line[column] for line in lines]
         assert [event.value for event in losses] == pytest.approx(expected, abs=1e-4)
-    assert {"settings/text_summary", "passage/text_summary"} <= set(events.Tags()["tensors"])
+    assert "passage/text_summary" in events.Tags()["tensors"]
 
 
 # Wrong input
@@ -904,7 +838,8 @@ WRONG_SETTINGS = [
     ("--device=toaster", "--device toaster"),
     ("--data=missing.txt", "missing.txt"),
     ("--data=bin/..", "cannot be read"),
-    ("--model=.", "error: . cannot be read"),
+    ("--model=data/scifi.txt", "must end with .pth"),
+    ("--model=models/model.train.pth", "and not with .train.pth"),
     ("--model=train.py/m.pth", "train.py"),
     (f"--model={'m' * 245}.pth", "mmm"),
 ]
@@ -934,7 +869,7 @@ def test_a_text_that_cannot_be_learned_is_an_error_that_names_it(project, text, 
     assert reason in error
 
 
-@pytest.mark.parametrize("ending", [".pth", ".train.pth", ".csv", ".png"])
+@pytest.mark.parametrize("ending", [".pth", ".train.pth", ".png"])
 def test_a_file_that_is_not_of_a_run_is_never_replaced(project, ending):
     path = project.directory / f"models/mine{ending}"
     path.write_text("my own notes", encoding="utf-8")
@@ -942,68 +877,37 @@ def test_a_file_that_is_not_of_a_run_is_never_replaced(project, ending):
     assert path.read_text(encoding="utf-8") == "my own notes"
 
 
-def test_a_checkpoint_of_another_run_is_never_replaced_by_a_model(project):
-    project.train()
-    before = project.checkpoint.read_bytes()
-    done = project.train("--model", project.checkpoint, status=1)
-    assert "the ending of a checkpoint" in done.stderr
-    assert project.checkpoint.read_bytes() == before
-
-
-def test_a_text_is_never_replaced_by_its_model(project):
-    done = project.train(f"--model={project.text_file}", status=1)
-    assert str(project.text_file) in done.stderr
-    assert project.text_file.read_text(encoding="utf-8") == project.text
-
-
 def test_a_model_of_another_model_py_can_be_replaced(project):
     project.train()
-    code = project.directory / "model.py"
-    text = code.read_text(encoding="utf-8")
-    edited = text.replace("4 * config.n_embd", "2 * config.n_embd")
-    assert edited != text
-    code.write_text(edited, encoding="utf-8")
+    project.edit("model.py", "4 * config.n_embd", "2 * config.n_embd")
     project.train()
-    assert load_content(project.model)["weights"]["blocks.0.feed_forward.expand.bias"].shape == (
-        32,
-    )
+    bias = load_content(project.model)["weights"]["blocks.0.feed_forward.expand.bias"]
+    assert bias.shape == (32,)
 
 
 # Mistakes in edited code
 
 
-def break_the_code(project: Project) -> None:
-    code = project.directory / "model.py"
-    text = code.read_text(encoding="utf-8")
-    broken = text.replace("B, T, C = x.shape", "B, T = x.shape")
-    assert broken != text
-    code.write_text(broken, encoding="utf-8")
-
-
-@pytest.mark.parametrize("flag", [None, "--compile"])
-def test_a_mistake_in_edited_code_shows_its_traceback(project, flag):
-    break_the_code(project)
-    process = project.start_training(*([flag] if flag else []))
-    stderr = finish(process)
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_a_mistake_in_edited_code_shows_its_traceback(project, flags):
+    project.edit("model.py", "B, T, C = x.shape", "B, T = x.shape")
+    with project.start_training(*flags) as process:
+        _, stderr = process.communicate(timeout=240)
     assert process.returncode == 1
     assert 'model.py", line' in stderr
     assert "too many values to unpack" in stderr
 
 
-def test_a_file_that_edited_code_does_not_find_shows_its_traceback(project):
-    code = project.directory / "train.py"
-    text = code.read_text(encoding="utf-8")
-    broken = text.replace("batch = self.get_batch()", 'batch = open("none.json")')
-    assert broken != text
-    code.write_text(broken, encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        project.train()
-
-
 @posix_only
 def test_a_mistake_in_edited_code_shows_its_traceback_in_several_processes(project):
-    break_the_code(project)
+    project.edit("model.py", "B, T, C = x.shape", "B, T = x.shape")
     done = torchrun(project, 2)
     assert done.returncode != 0
     assert 'model.py", line' in done.stderr
     assert "too many values to unpack" in done.stderr
+
+
+def test_a_file_that_edited_code_does_not_find_shows_its_traceback(project):
+    project.edit("train.py", "batch = self.get_batch()", 'batch = open("none.json")')
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        project.train()
