@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-ALWAYS = {"torch", "numpy", "matplotlib", "requests", "urllib3", "tqdm"}
+ALWAYS = {"torch", "numpy", "matplotlib", "requests", "tqdm"}
 SYSTEMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"), ("win32", "AMD64")]
 WITH_AIM = [("linux", "x86_64"), ("darwin", "arm64")]  # on Python 3.11 and 3.12
 
