@@ -230,7 +230,7 @@ def test_the_loss_is_the_mean_of_minus_log_probability():
     assert model(ids)[1] is None
 
 
-def test_it_learns_one_batch_by_heart(device):
+def test_it_learns_one_batch_by_heart_with_all_its_parameters(device):
     model = small_model(n_embd=32).to(device).train()
     ids = random_ids(4, 13).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -240,6 +240,7 @@ def test_it_learns_one_batch_by_heart(device):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
+    assert all(p.grad.any() for p in model.parameters())
 
 
 def test_the_parameters_have_the_names_and_shapes_that_saved_models_rely_on():
