@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0: always the likeliest; higher: varied")
     add("--top-k", type=int, help="draw only from the k likeliest characters")
     add("--top-p", type=float, help="draw only from the likeliest that together reach p")
-    add("--stop", help="end a text after this has been written")
+    add("--stop", type=compose, help="end a text after this has been written")
     add("--seed", type=int, help="makes the texts the same each time")
     add("--num-samples", type=int, default=1, help="texts to write, with a blank line between")
     add("--device", default="auto", help="cpu, cuda or mps; auto is a GPU if there is one")
@@ -91,10 +91,14 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def compose(text: str) -> str:
+    """Composes letters and their accents, as in the text that the model has learned from."""
+    return unicodedata.normalize("NFC", text)
+
+
 def encode(model: GPT, tokenizer: CharTokenizer, text: str) -> Tensor:
     """Returns the ids, `(T,)`, on the model's device. Raises InputError for unknown characters."""
-    composed = unicodedata.normalize("NFC", text)  # as the text that the model has learned from
-    return tokenizer.encode(composed).to(model.lm_head.weight.device)
+    return tokenizer.encode(compose(text)).to(model.lm_head.weight.device)
 
 
 # Generating
@@ -134,7 +138,7 @@ def complete_lines(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespac
     """Continues each line of standard input. Ctrl-C stops a text, the end of input the session."""
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
             complete(model, tokenizer, line, args)
         except EOFError:
             return

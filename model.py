@@ -631,10 +631,10 @@ def load_model(
     """
     content = load_content(path)
     tokenizer = CharTokenizer(content["vocabulary"])
-    model = GPT(GPTConfig(**content["config"]))
     try:
+        model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["weights"])
-    except RuntimeError as error:
+    except (TypeError, RuntimeError) as error:  # it has other sizes, or other layers
         reason = " ".join(str(error).split())
         raise InputError(f"{path} was trained with another model.py: {reason}") from error
     return model.to(device).eval(), tokenizer, content["metadata"]

@@ -1,6 +1,7 @@
 """Shows what a trained model consists of: every parameter tensor and its meaning."""
 
 import argparse
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +42,10 @@ def main() -> None:
         show_parameters(model)
         show_meanings(model)
         show_settings(model, tokenizer, metadata)
-    except (InputError, BrokenPipeError) as error:
+    except BrokenPipeError:  # for example from head, which reads only the beginning
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+    except InputError as error:
         sys.exit(f"error: {error}")
 
 

@@ -53,7 +53,7 @@ from model import (
 BOOKS = ROOT / "data/scifi.txt"
 SAMPLE = ROOT / "data/sample.txt"
 
-Row = dict[str, float]  # of the log: the step, and the losses of its evaluation
+Row = dict[str, float]  # of the log: the step and the losses of an evaluation
 
 # ----------------------------------------------------------------------------------------
 # Settings
@@ -72,7 +72,7 @@ class Settings:
     # Files
     data: Path = setting(BOOKS if BOOKS.exists() else SAMPLE, "the text to learn from, in UTF-8")
     model: Path = setting(MODEL_PATH, "the file for the best model, NAME.pth")
-    resume: bool = setting(False, "continue from the checkpoint beside the model")
+    resume: bool = setting(False, "continue a run, with its settings")
 
     # The amount of work
     steps: int = setting(750, "steps of the optimizer", minimum=1)
@@ -116,8 +116,9 @@ class Settings:
     def checkpoint(self) -> Path:
         return self.model.with_suffix(".train.pth")
 
-    def as_text(self) -> dict[str, str]:
-        return {name: str(value) for name, value in vars(self).items()}
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the settings for a file or a tracker, which cannot hold a Path."""
+        return {**vars(self), "data": str(self.data), "model": str(self.model)}
 
 
 # ----------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
 
     The validation part is one piece. Windows drawn from all over the text would adjoin what the
     model has learned from, and share its names and phrases: their loss would be too low.
+
+    Raises InputError if a part has not even one window.
     """
     val_length = round(len(ids) * settings.val_fraction)
     window = settings.context_length + 1  # with the character that follows
@@ -149,7 +152,10 @@ EVAL_WINDOWS = 160  # of each part; with 400, evaluation took a tenth of the run
 
 
 def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
-    """Returns up to `count` windows, `(N, T + 1)`, evenly spread and without overlap."""
+    """Returns up to `count` windows, `(N, T + 1)`, evenly spread over the text.
+
+    No character is predicted twice.
+    """
     stride = max(context_length, (len(ids) - context_length - 1) // count)
     starts = torch.arange(0, len(ids) - context_length, stride)[:count]
     return windows_at(starts, ids, context_length)
@@ -163,7 +169,8 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
 class Trainer:
     """Holds the model, its optimizers and the text, and does one step of training at a time.
 
-    With torchrun each of `world` processes has one; `rank` is the number of this process.
+    With torchrun each of `world` processes has one; `rank` is the number of this process. Raises
+    InputError if the text, the device or the settings cannot be used.
     """
 
     def __init__(self, settings: Settings, rank: int = 0, world: int = 1) -> None:
@@ -329,8 +336,10 @@ def train(trainer: Trainer, report: "Report | None") -> None:
             report.add(trainer.evaluate())  # not saved: it must not replace a trained model
 
         while trainer.step < last_step:
-            trainer.train_step()
+            loss = trainer.train_step()
             bar.update()
+            if trainer.step % 10 == 0:  # not always: reading the loss waits for a GPU
+                bar.set_postfix(loss=f"{loss.item():.2f}")
             is_due = trainer.step % trainer.settings.eval_interval == 0
             if report and (is_due or trainer.step == last_step):
                 row = trainer.evaluate()
@@ -414,9 +423,9 @@ class Muon(torch.optim.Optimizer):
 
         x = orthogonalize(x)
 
-        # Give every column norm 1. In feed-forward a column is now a hidden channel, in `expand`,
-        # transposed, as in `contract`: no channel moves faster than another. (NorMuon does this for
-        # the rows of each matrix, the outputs of its layer, with running averages.)
+        # Give every column norm 1. In feed-forward each column belongs to one hidden channel, now
+        # that `expand` is transposed, so no channel moves faster than another. (NorMuon does this
+        # for the rows of each matrix, the outputs of its layer, with running averages.)
         x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
 
         # An element of such a column is about 1 / sqrt(rows). Scale it to 0.2, about the size of
@@ -574,7 +583,7 @@ def draw_losses(trainer: Trainer, losses_to_beat: dict[str, float]) -> None:
     """Draws both losses by step, and what counting achieves, into a file beside the model."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per character)")
-    rows = trainer.log[1:]  # without step 0, whose loss is far above
+    rows = [row for row in trainer.log if row["step"] > 0]  # at step 0 the loss is far above
     steps = [row["step"] for row in rows]
     for part in ("train", "val"):
         losses = [row[f"{part}_loss"] for row in rows]
@@ -670,6 +679,8 @@ class Report:
         """Says what the best model has learned, and what comes next."""
         trainer = self.trainer
         path = trainer.settings.model
+        if not path.exists():  # the run was finished before, and its model was moved
+            return
         best, _, saved = load_model(path, trainer.device)
         windows = evaluation_windows(trainer.val_ids, best.config.context_length, CONTEXT_WINDOWS)
         losses = loss_by_context(best, windows)
@@ -720,7 +731,7 @@ class AimWriter:
         self.make_text = aim.Text
         self.run = aim.Run(repo=ROOT, system_tracking_interval=None, capture_terminal_logs=False)
         self.run.name = run_name
-        self.run["hparams"] = settings.as_text()
+        self.run["hparams"] = settings.as_dict()
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.run.track(value, name, step=step)
@@ -772,7 +783,7 @@ def save(trainer: Trainer) -> None:
         trainer.model,
         trainer.tokenizer,
         text_digest=trainer.text_digest,
-        settings=settings.as_text(),
+        settings=settings.as_dict(),
         step=trainer.step,
         log=trainer.log,
         optimizers=[optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
@@ -785,20 +796,20 @@ FIXED = ("context_length", "n_layer", "n_head", "n_embd", "optimizer", "val_frac
 
 
 def resume(trainer: Trainer) -> None:
-    """Continues from the checkpoint. The text and the settings in `FIXED` must be the same."""
+    """Continues from the checkpoint.
+
+    Raises InputError if it is of a run with another text, or other values of the settings in
+    `FIXED`.
+    """
     path = trainer.settings.checkpoint
     model, _, saved = load_model(path)
     advice = "use the same, or start a new run without --resume"
     if saved.get("text_digest") != trainer.text_digest:
         raise InputError(f"{path} is of a run with another text: {advice}")
-    for name, value in trainer.settings.as_text().items():
-        saved_value = saved["settings"].get(name, value)
-        if value == saved_value or name == "resume":
-            continue
-        if name in FIXED:
-            raise InputError(f"{path} is of a run with {flag_name(name)} {saved_value}: {advice}")
-        if trainer.rank == 0:
-            print_notice(f"{flag_name(name)} was {saved_value}, and is {value} from here on")
+    for name in FIXED:
+        value = saved["settings"][name]
+        if value != getattr(trainer.settings, name):
+            raise InputError(f"{path} is of a run with {flag_name(name)} {value}: {advice}")
 
     trainer.model.load_state_dict(model.state_dict())
     for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
@@ -816,9 +827,10 @@ def resume(trainer: Trainer) -> None:
 
 def main() -> None:
     use_utf8()
-    settings = parse_arguments()
     try:
-        run(settings)
+        run(parse_arguments())
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports an end by Ctrl-C
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: raise --accumulate, or take a smaller batch or model")
     except (InputError, FloatingPointError, BrokenPipeError) as error:
@@ -840,6 +852,14 @@ def parse_arguments() -> Settings:
             parser.add_argument(flag, type=f.type, default=f.default, choices=choices, help=help)
 
     arguments = parser.parse_args()
+    checkpoint = Settings(model=arguments.model).checkpoint
+    if arguments.resume and checkpoint.exists():
+        # The settings of the run are the defaults: only what is given again can differ.
+        saved = load_content(checkpoint)["metadata"].get("settings", {})
+        saved["model"] = arguments.model
+        parser.set_defaults(**saved)
+        arguments = parser.parse_args()
+
     for f in fields(Settings):
         minimum = f.metadata.get("minimum", -math.inf)
         maximum = f.metadata.get("maximum", math.inf)
@@ -868,7 +888,7 @@ def run(settings: Settings) -> None:
         if report and trainer.saved_step > 0:
             advice = f"the same command with --resume continues from step {trainer.saved_step}"
             print_notice(f"stopped; {advice}")
-        sys.exit(130)  # as a shell reports an end by Ctrl-C
+        raise
     finally:
         if report:
             report.close()
@@ -892,7 +912,10 @@ def join_processes(settings: Settings) -> tuple[int, int]:
 
 
 def choose_precision(settings: Settings, device: torch.device) -> str:
-    """Returns the precision of matrix products, "fp32" or "bf16"."""
+    """Returns the precision of matrix products, "fp32" or "bf16".
+
+    Raises InputError for bf16 on mps.
+    """
     if settings.precision == "bf16" and device.type == "mps":
         # The causal mask is wrong there: https://github.com/pytorch/pytorch/issues/195910
         raise InputError("--precision bf16 gives wrong results with --device mps: use fp32")

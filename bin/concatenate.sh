@@ -12,6 +12,7 @@ export LC_ALL=C     # the same order everywhere; the tools treat text as bytes
 
 data=$(CDPATH='' cd "$(dirname "$0")/../data" && pwd)
 folder=${1:-$data/books}
+[[ $folder == /* ]] || folder=./$folder # or awk would take the path a=b/c.txt as an assignment
 output=${2:-$data/scifi.txt}
 
 # Texts of your own come first, by name, and then the downloaded books, by number.
@@ -43,7 +44,9 @@ fi
 awk '
     FNR == 1 && NR > 1 { print "" }  # the blank line between two books
     {
-        gsub(/\r|\357\273\277/, "")  # carriage returns and byte order marks
+        gsub(/\357\273\277/, "")  # byte order marks
+        sub(/\r+$/, "")
+        gsub(/\r/, "\n")  # the line ends of old Macs
         print  # with the line end that the last line of a book may lack
     }
 ' "${books[@]}" >"$output.part"

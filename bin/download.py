@@ -10,6 +10,8 @@ downloaded again. After an interruption, run the same command again.
 
 import argparse
 import csv
+import io
+import os
 import re
 import shlex
 import sys
@@ -213,10 +215,18 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_arguments()
+    # In a file, Windows would use a code page that lacks characters of the catalogue. The output
+    # of a notebook is of another type.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+
     try:
         run(args)
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to download the rest")
+    except BrokenPipeError:  # from head, for example, which reads only the beginning of the list
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
     except (DownloadError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, posix_only
 
 sys.path.insert(0, str(ROOT / "bin"))
 import download as script
@@ -338,6 +339,14 @@ def test_the_list_shows_the_books_with_the_word_in_title_or_author(run):
             expected.append((number, row["core"] == "1"))
     lines = run("--list", "WELLS").stdout.splitlines()
     assert [(int(line.split()[0]), line.endswith("  core")) for line in lines] == expected
+
+
+@posix_only
+def test_a_reader_of_the_list_that_leaves_ends_it_quietly():
+    command = [sys.executable, str(ROOT / "bin/download.py"), "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_the_list_works_in_a_notebook(run, monkeypatch):
