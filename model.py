@@ -35,7 +35,7 @@ import pickle
 import sys
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -631,10 +631,13 @@ def load_model(
     """
     content = load_content(path)
     tokenizer = CharTokenizer(content["vocabulary"])
+    config = content["config"]
+    if config.keys() != {field.name for field in fields(GPTConfig)}:
+        raise InputError(f"{path} was trained with another model.py: its configuration is {config}")
+    model = GPT(GPTConfig(**config))
     try:
-        model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["weights"])
-    except (TypeError, RuntimeError) as error:  # it has other sizes, or other layers
+    except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} was trained with another model.py: {reason}") from error
     return model.to(device).eval(), tokenizer, content["metadata"]

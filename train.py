@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -23,7 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-# Threads of GNU's OpenMP spin while they wait for each other. Let them sleep after a short spin:
+# Threads of GNU's OpenMP wait for each other in a busy loop. Let them sleep after a short while:
 # otherwise, on a busy machine, a step takes more than ten times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
 
@@ -103,9 +104,11 @@ class Settings:
     seed: int = setting(1, "makes a run repeatable")
     device: str = setting("auto", "cpu, cuda or mps; auto is a GPU if there is one")
     precision: str = setting(
-        "auto", "of products; auto is bf16 where that is fast", choices=("auto", "fp32", "bf16")
+        "auto",
+        "number format of matrix products; auto is bf16 where that is fast",
+        choices=("auto", "fp32", "bf16"),
     )
-    compile: bool = setting(False, "compile the model first, worthwhile on a GPU")
+    compile: bool = setting(False, "compile the model first: faster on a GPU, after a minute")
     tracker: str = setting(
         "auto",
         "what draws the charts; auto is aim if it is installed, else tensorboard",
@@ -118,7 +121,7 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the settings for a file or a tracker, which cannot hold a Path."""
-        return {**vars(self), "data": str(self.data), "model": str(self.model)}
+        return {**vars(self), "data": str(self.data.resolve()), "model": str(self.model)}
 
 
 # ----------------------------------------------------------------------------------------
@@ -129,8 +132,8 @@ class Settings:
 def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Splits a text into the part to learn from and the part to validate on, its end.
 
-    The validation part is one piece. Windows drawn from all over the text would adjoin what the
-    model has learned from, and share its names and phrases: their loss would be too low.
+    The validation part is one piece. Windows drawn from all over the text would stand next to
+    what the model has learned from, and share its names and phrases: their loss would be too low.
 
     Raises InputError if a part has not even one window.
     """
@@ -143,22 +146,17 @@ def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     return ids[:-val_length], ids[-val_length:]
 
 
-def windows_at(starts: Tensor, ids: Tensor, context_length: int) -> Tensor:
-    """Returns the windows that start there, `(N, T + 1)`, with the character after each."""
-    return ids[starts[:, None] + torch.arange(context_length + 1)]  # of (N, 1) + (T + 1,)
-
-
 EVAL_WINDOWS = 160  # of each part; with 400, evaluation took a tenth of the run
 
 
 def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
     """Returns up to `count` windows, `(N, T + 1)`, evenly spread over the text.
 
-    No character is predicted twice.
+    Each has one character more than the context, the target of the last one. No character is
+    predicted twice.
     """
     stride = max(context_length, (len(ids) - context_length - 1) // count)
-    starts = torch.arange(0, len(ids) - context_length, stride)[:count]
-    return windows_at(starts, ids, context_length)
+    return ids.unfold(0, context_length + 1, stride)[:count]
 
 
 # ----------------------------------------------------------------------------------------
@@ -222,17 +220,17 @@ class Trainer:
         self.log: list[Row] = []
 
     def make_seed(self, *numbers: int) -> int:
-        """Derives a 32-bit seed from the run's seed and these numbers.
+        """Makes a new seed of the run's seed and, for example, the step.
 
-        All randomness depends on the seed, the step and the process alone: a resumed run draws
-        what the uninterrupted one would have drawn.
+        All randomness depends on the seed, the epoch or the step, and the process alone: a resumed
+        run draws what the uninterrupted one would have drawn.
         """
         numbers = (self.settings.seed, *numbers)
         digest = hashlib.sha256(repr(numbers).encode()).hexdigest()
         return int(digest[:8], 16)
 
     def draw_windows(self) -> Tensor:
-        """Returns where the windows of all steps start, one after another.
+        """Returns where the windows of all steps start, one after another: 8 bytes for each.
 
         Each epoch cuts the training part into windows and reads each of them once, in random order.
         On the sample, the validation loss is 0.018 lower than with windows from random places.
@@ -255,8 +253,9 @@ class Trainer:
         batch_size = self.settings.batch_size
         starts = self.window_starts[self.step * batch_size :][:batch_size]
         own_starts = starts.chunk(self.world)[self.rank]  # (B,)
-        windows = windows_at(own_starts, self.train_ids, self.settings.context_length)
-        return windows.to(self.device)
+        # The windows that start at each of the characters, without a copy
+        windows = self.train_ids.unfold(0, self.settings.context_length + 1, 1)  # (N, T + 1)
+        return windows[own_starts].to(self.device)
 
     def train_step(self) -> Tensor:
         """Does one step. Returns this process's loss as a tensor: reading it waits for a GPU."""
@@ -286,10 +285,11 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
 
         # Move the weights.
+        learning_rate = self.get_learning_rate(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.get_learning_rate(self.step)
-            with self.autocast:
+                group["lr"] = learning_rate
+            with self.autocast:  # Muon computes matrix products too
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -315,7 +315,7 @@ class Trainer:
         row: Row = {"step": self.step}
         for part, windows in self.eval_windows.items():
             total = torch.zeros((), device=self.device)
-            for rows in windows.to(self.device).split(self.micro_batch_size):
+            for rows in windows.to(self.device).split(self.micro_batch_size):  # as in training
                 with self.autocast:  # not compiled_model, which would be compiled for each shape
                     _, loss = self.model(rows[:, :-1], rows[:, 1:])
                 total += loss * len(rows)
@@ -330,8 +330,8 @@ class Trainer:
 def train(trainer: Trainer, report: "Report | None") -> None:
     """Trains until the last step. Process 0 alone has a report, evaluates and saves."""
     last_step = trainer.settings.steps
-    hidden = None if report else True  # None: shown if standard error is a terminal
-    with tqdm(total=last_step, initial=trainer.step, unit="step", disable=hidden) as bar:
+    is_hidden = None if report else True  # None: tqdm shows the bar on a terminal only
+    with tqdm(total=last_step, initial=trainer.step, unit="step", disable=is_hidden) as bar:
         if report and trainer.step == 0:
             report.add(trainer.evaluate())  # not saved: it must not replace a trained model
 
@@ -423,9 +423,10 @@ class Muon(torch.optim.Optimizer):
 
         x = orthogonalize(x)
 
-        # Give every column norm 1. In feed-forward each column belongs to one hidden channel, now
-        # that `expand` is transposed, so no channel moves faster than another. (NorMuon does this
-        # for the rows of each matrix, the outputs of its layer, with running averages.)
+        # Give every column norm 1. In both matrices of feed-forward, now that the tall one is
+        # transposed, a column belongs to a hidden channel: so no channel moves faster than another.
+        # (NorMuon does this for the rows of each matrix, the outputs of its layer, with running
+        # averages.)
         x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
 
         # An element of such a column is about 1 / sqrt(rows). Scale it to 0.2, about the size of
@@ -556,7 +557,7 @@ def loss_by_context(model: GPT, windows: Tensor) -> dict[int, float]:
     by_position = torch.cat(losses).mean(dim=0)  # (T,): with 1, 2, ..., T characters before
 
     by_context = {}
-    k = 1
+    k = 1  # the last position alone would be too small a sample for an entry of its own
     while k < max(2, model.config.context_length):
         by_context[k] = by_position[k - 1 : 2 * k - 1].mean().item()
         k *= 2
@@ -616,7 +617,6 @@ class Report:
         self.tracker_name = choose_tracker(trainer.settings.tracker)
         self.print_start()
         self.losses_to_beat = count_ngrams(trainer)
-        self.attempt(self.open_tracker)
 
     def print_start(self) -> None:
         trainer = self.trainer
@@ -646,7 +646,7 @@ class Report:
                 draw_losses(self.trainer, self.losses_to_beat)
             except InputError as error:  # for example, another program has the file open
                 print_notice(f"{error}; training goes on")
-        self.attempt(self.track, row, passage)
+        self.attempt(self.track, passage)
 
     def attempt(self, function: Callable[..., None], *arguments: Any) -> None:
         """Calls a function that uses the tracker, if there is one."""
@@ -659,17 +659,16 @@ class Report:
             print_notice(f"{self.tracker_name} failed ({reason}); training goes on without charts")
             self.tracker_name = "none"
 
-    def open_tracker(self) -> None:
-        self.tracker = make_tracker(self.tracker_name, self.trainer.settings)
-        for row in self.trainer.log:  # a resumed run is drawn from its beginning
-            self.track(row)
-
-    def track(self, row: Row, passage: str = "") -> None:
-        step = row["step"]
-        self.tracker.add_scalar("train_loss", row["train_loss"], step)
-        self.tracker.add_scalar("val_loss", row["val_loss"], step)
-        if passage:
-            self.tracker.add_text("passage", passage, step)
+    def track(self, passage: str) -> None:
+        """Sends the last evaluation, and if it is the first of a resumed run, those before it."""
+        rows = self.trainer.log[-1:]
+        if self.tracker is None:
+            self.tracker = make_tracker(self.tracker_name, self.trainer.settings)
+            rows = self.trainer.log
+        for row in rows:
+            self.tracker.add_scalar("train_loss", row["train_loss"], row["step"])
+            self.tracker.add_scalar("val_loss", row["val_loss"], row["step"])
+        self.tracker.add_text("passage", passage, self.trainer.step)
 
     def close(self) -> None:
         if self.tracker is not None:
@@ -699,7 +698,8 @@ def print_notice(message: str) -> None:
     tqdm.write(message, file=sys.stderr)  # above the progress bar, if there is one
 
 
-COMMANDS = {"aim": "aim up", "tensorboard": "tensorboard --logdir runs"}  # that show the charts
+# The commands that show the charts
+COMMANDS = {"aim": "aim up", "tensorboard": "tensorboard --logdir runs"}
 
 
 def choose_tracker(name: str) -> str:
@@ -718,7 +718,7 @@ def make_tracker(name: str, settings: Settings) -> Any:
 
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = re.sub(r"[^\w=.-]+", "_", run_name)
+    folder = re.sub(r"[^\w=.-]+", "_", run_name)[:200]
     return SummaryWriter(ROOT / "runs" / folder)
 
 
@@ -750,19 +750,19 @@ class AimWriter:
 
 def check_outputs(settings: Settings) -> None:
     """Raises InputError if a file cannot be written, or is not one of an earlier run."""
-    if settings.model.suffix != ".pth" or settings.model.name.endswith(".train.pth"):
-        raise InputError(f"--model {settings.model} must end with .pth, and not with .train.pth")
-
-    # Write a test file, so that a read-only folder or too long a name is an error now.
-    test_file = settings.checkpoint.with_suffix(".test")
-    write_file(test_file, b"")
-    test_file.unlink()
+    # Make a file, so that a read-only folder or too long a name is an error now.
+    folder = settings.model.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.NamedTemporaryFile(dir=folder, prefix=settings.checkpoint.name).close()
+    except OSError as error:
+        raise InputError(f"--model {settings.model} cannot be written: {error.strerror}") from error
 
     for path in (settings.model, settings.checkpoint):
         if path.exists():
             load_content(path)  # raises InputError if it is another file
     picture = picture_path(settings)
-    if picture.exists() and PICTURE_TITLE.encode() not in picture.read_bytes():
+    if picture.is_file() and PICTURE_TITLE.encode() not in picture.read_bytes():
         raise InputError(f"{picture} was not written by train.py: move it, or change --model")
 
 
@@ -791,25 +791,12 @@ def save(trainer: Trainer) -> None:
     trainer.saved_step = trainer.step
 
 
-# What a resumed run must have in common with the run that it continues
-FIXED = ("context_length", "n_layer", "n_head", "n_embd", "optimizer", "val_fraction")
-
-
 def resume(trainer: Trainer) -> None:
-    """Continues from the checkpoint.
-
-    Raises InputError if it is of a run with another text, or other values of the settings in
-    `FIXED`.
-    """
+    """Continues from the checkpoint. Raises InputError if it is of a run with another text."""
     path = trainer.settings.checkpoint
     model, _, saved = load_model(path)
-    advice = "use the same, or start a new run without --resume"
-    if saved.get("text_digest") != trainer.text_digest:
-        raise InputError(f"{path} is of a run with another text: {advice}")
-    for name in FIXED:
-        value = saved["settings"][name]
-        if value != getattr(trainer.settings, name):
-            raise InputError(f"{path} is of a run with {flag_name(name)} {value}: {advice}")
+    if saved["text_digest"] != trainer.text_digest:
+        raise InputError(f"{path} is of a run with another text: start a new one without --resume")
 
     trainer.model.load_state_dict(model.state_dict())
     for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
@@ -837,7 +824,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-def parse_arguments() -> Settings:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="python train.py [--FLAG VALUE ...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -847,25 +834,44 @@ def parse_arguments() -> Settings:
         help = f.metadata["help"]
         choices = f.metadata.get("choices")
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=help)
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=f.default, help=help)
         else:
             parser.add_argument(flag, type=f.type, default=f.default, choices=choices, help=help)
+    return parser
 
+
+# What a resumed run must have in common with the run that it continues
+FIXED = ("context_length", "n_layer", "n_head", "n_embd", "optimizer", "val_fraction")
+
+
+def parse_arguments() -> Settings:
+    """Returns the settings. With --resume, those of the run are the defaults."""
+    parser = make_parser()
     arguments = parser.parse_args()
+    file_name = arguments.model.name
+    if not file_name.endswith(".pth") or file_name.endswith(".train.pth"):
+        parser.error(f"--model {arguments.model} must end with .pth, and not with .train.pth")
+
     checkpoint = Settings(model=arguments.model).checkpoint
     if arguments.resume and checkpoint.exists():
-        # The settings of the run are the defaults: only what is given again can differ.
         saved = load_content(checkpoint)["metadata"].get("settings", {})
+        if saved.keys() != vars(arguments).keys():
+            raise InputError(f"{checkpoint} was made by another version of train.py")
         saved["model"] = arguments.model
         parser.set_defaults(**saved)
         arguments = parser.parse_args()
+        for name in FIXED:
+            if getattr(arguments, name) != saved[name]:
+                parser.error(f"{flag_name(name)} must stay {saved[name]} in a resumed run")
 
     for f in fields(Settings):
         minimum = f.metadata.get("minimum", -math.inf)
         maximum = f.metadata.get("maximum", math.inf)
         value = getattr(arguments, f.name)
         if f.type in (int, float) and not minimum <= value <= maximum:
-            parser.error(f"{flag_name(f.name)} must be from {minimum:g} to {maximum:g}")
+            upper_limit = f" and at most {maximum:g}" if maximum < math.inf else ""
+            parser.error(f"{flag_name(f.name)} must be at least {minimum:g}{upper_limit}")
     return Settings(**vars(arguments))
 
 

@@ -69,13 +69,17 @@ CREDITS = re.compile(
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
 
-# A note, "[Transcriber's Note: ...]", may have several paragraphs. Without brackets, perhaps
-# in a frame, it has one, or extends to the end of the book if that is near.
+# A note in brackets, which may have several paragraphs: "[Transcriber's Note: ...]"
+BRACKETED_NOTE = re.compile(
+    r"(?<!\S\n)^ *\[Transcriber\S{0,3} Notes?\b[^\[\]]*\](?:\n\s*\n|\s*\Z)",
+    re.MULTILINE | re.IGNORECASE,
+)
+
+# A note without brackets, perhaps in a frame of + - | or *: it extends to the end of the book if
+# that is near, and else is one paragraph.
 NOTE = re.compile(
-    r"""(?<!\S\n) ^ (?:
-        [ ]* \[ Transcriber\S{0,3}\ Notes?\b [^\[\]]* \]
-        | [+|*=_\ -]* \n? [|_\ ]* Transcriber\S{0,3}\ Notes?\b \W* (?: .{0,2000} \Z | .*? )
-    ) (?: \n\s*\n | \s*\Z )""",
+    r"""(?<!\S\n) ^ [+|*=_\ -]* \n? [|_\ ]* Transcriber\S{0,3}\ Notes?\b \W*
+    (?: .{0,2000} \Z | .*? (?: \n\s*\n | \s*\Z ) )""",
     re.VERBOSE | re.DOTALL | re.MULTILINE | re.IGNORECASE,
 )
 
@@ -93,6 +97,7 @@ def extract_book(text: str) -> str:
         raise DownloadError("it has no START and END markers: not a book, or cut short")
 
     book = FOOTER.sub("", match[1])
+    book = BRACKETED_NOTE.sub("", book)
     book = NOTE.sub("", book.rstrip())
     book = CREDITS.sub("", book)
 
@@ -199,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
     names = {}
     for number in wanted:
         if str(number) not in present:
-            row = catalogue.get(number, {"title": ""})
+            row = catalogue.get(number, {"title": ""})  # not all books are in the catalogue
             names[number] = file_name(number, row["title"])
 
     failed = download(names, args.mirror.rstrip("/"), args.output)

@@ -8,6 +8,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +443,18 @@ def test_a_model_of_an_edited_model_py_is_refused_with_what_is_missing(path, mon
 
     monkeypatch.setattr(model_module, "GPT", Edited)
     with pytest.raises(InputError, match=r"trained with another model\.py.*extra\.weight"):
+        load_model(path)
+
+
+def test_a_model_with_another_configuration_is_refused(path):
+    @dataclass(frozen=True)
+    class EditedConfig(GPTConfig):
+        n_experts: int = 8
+
+    edited = small_model()
+    edited.config = EditedConfig(vocab_size=11)
+    save_model(path, edited, CharTokenizer(CHARACTERS))
+    with pytest.raises(InputError, match=r"trained with another model\.py: .*'n_experts': 8"):
         load_model(path)
 
 
