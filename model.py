@@ -132,7 +132,8 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
     by a fixed angle: sin(a + b) is cos(b) sin(a) + sin(b) cos(a). A rotation is a linear
     function, the same at every position, so a linear layer can learn it. A query can hold its
     own position with each hand turned back by three characters, and a key its position as it
-    is: then their dot product is largest for the character three places back.
+    is. Each pair of hands adds the cosine of the angle between them to the dot product, which is
+    therefore largest for the character three places back, where all angles are 0.
     """
     position = torch.arange(context_length)[:, None]  # (T, 1)
     channel = torch.arange(0, n_embd, 2, dtype=torch.double)  # (C / 2,): 0, 2, 4, ...
@@ -153,7 +154,7 @@ def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
 
     The last query belongs to the last character and may use every key; the query before it may
     use all keys but the last, and so on. In training T = S, as on the left. On the right, the first
-    of three characters was read before (generation, section 7, reads one after another):
+    of three characters was read before. (Generation, section 7, reads one more at a time: T = 1.)
 
         T = S = 3           T = 2, S = 3
 

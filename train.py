@@ -141,7 +141,8 @@ def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     window = settings.context_length + 1  # with the character that follows
     if min(val_length, len(ids) - val_length) < window:
         raise InputError(
-            f"{settings.data} is too short: it has {len(ids)} characters, each part needs {window}"
+            f"{settings.data} is too short: of its {len(ids)} characters, {val_length} are held "
+            f"out, and both parts must have {window}"
         )
     return ids[:-val_length], ids[-val_length:]
 
@@ -621,6 +622,8 @@ class Report:
     def print_start(self) -> None:
         trainer = self.trainer
         settings = trainer.settings
+        if settings.resume and trainer.step == 0:
+            print_notice(f"there is no checkpoint {settings.checkpoint}: this is a new run")
         if trainer.step == 0 and settings.model.exists():
             print_notice(
                 f"this run will replace {settings.model} and its checkpoint: name another --model "
@@ -894,6 +897,8 @@ def run(settings: Settings) -> None:
         if report and trainer.saved_step > 0:
             advice = f"the same command with --resume continues from step {trainer.saved_step}"
             print_notice(f"stopped; {advice}")
+        elif report:
+            print_notice("stopped; nothing of this run is saved yet")
         raise
     finally:
         if report:

@@ -91,7 +91,7 @@ def test_the_end_of_a_text_is_held_out_if_both_parts_have_a_window(project):
             assert len(val_ids) == val_length
             assert torch.cat([train_ids, val_ids]).tolist() == list(range(length))
         else:
-            with pytest.raises(InputError, match=rf"it has {length} characters"):
+            with pytest.raises(InputError, match=rf"of its {length} characters"):
                 split_text(torch.arange(length), settings)
 
 
@@ -631,8 +631,8 @@ def test_an_interrupted_run_leaves_the_checkpoint_of_its_last_evaluation(project
     assert_equal(saved["weights"], trainer.model.state_dict())
 
 
-def test_without_a_checkpoint_resuming_starts_at_step_0_and_says_so(project):
-    assert "starting at step 0" in project.train("--resume").stderr
+def test_without_a_checkpoint_resuming_starts_a_new_run_and_says_so(project):
+    assert f"there is no checkpoint {project.checkpoint}" in project.train("--resume").stderr
 
 
 # Several processes
@@ -861,8 +861,8 @@ def test_what_cannot_be_used_is_found_before_training(project, flag, reason):
 
 
 WRONG_TEXTS = {
-    "empty": (b"", "0 characters"),
-    "one character": (b"a", "1 characters"),
+    "empty": (b"", "of its 0 characters"),
+    "one character": (b"a", "of its 1 characters"),
     "bad byte": (b"ab \xff" * 500, "0xff in position 3"),
     "UTF-16": (b"\xff\xfea\x00b\x00" * 200, "not UTF-8"),
 }
