@@ -139,7 +139,7 @@ def complete_lines(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespac
     while True:
         try:
             line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
-            complete(model, tokenizer, line, args)
+            complete(model, tokenizer, line.rstrip("\r"), args)
         except EOFError:
             return
         except KeyboardInterrupt:

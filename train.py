@@ -637,6 +637,11 @@ class Report:
         )
 
     def add(self, row: Row) -> None:
+        if row["step"] > 0:
+            try:
+                draw_losses(self.trainer, self.losses_to_beat)
+            except InputError as error:  # for example, another program has the file open
+                print_notice(f"{error}; training goes on")
         bits = row["val_loss"] / math.log(2)
         tqdm.write(
             f"step {row['step']}: train loss {row['train_loss']:.4f}, "
@@ -644,11 +649,6 @@ class Report:
         )
         passage = write_passage(self.trainer)
         print_notice(f"    {' '.join(passage.split())}")
-        if row["step"] > 0:
-            try:
-                draw_losses(self.trainer, self.losses_to_beat)
-            except InputError as error:  # for example, another program has the file open
-                print_notice(f"{error}; training goes on")
         self.attempt(self.track, passage)
 
     def attempt(self, function: Callable[..., None], *arguments: Any) -> None:

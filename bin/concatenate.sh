@@ -15,6 +15,11 @@ folder=${1:-$data/books}
 [[ $folder == /* ]] || folder=./$folder # or awk would take the path a=b/c.txt as an assignment
 output=${2:-$data/scifi.txt}
 
+if [ -e "$output" ] && [ ! -f "$output" ]; then
+    echo "error: $output is not a file" >&2
+    exit 1
+fi
+
 # Texts of your own come first, by name, and then the downloaded books, by number.
 books=()
 while IFS= read -r name; do

@@ -84,6 +84,11 @@ def test_without_books_it_says_what_to_run_and_that_training_works_anyway(books)
     assert "python train.py works without them" in message
 
 
+def test_a_folder_is_not_an_output(books):
+    (books / "1-a.txt").write_text("a")
+    assert "my books is not a file" in join(books, output="my books", status=1)
+
+
 def test_a_failure_keeps_the_old_output(books):
     (books / "1-a.txt").write_text("a" * 100_000)
     (books.parent / "all.text").write_text("old")

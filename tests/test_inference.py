@@ -114,7 +114,7 @@ def test_the_output_is_utf_8_whatever_the_locale(project):
 def test_each_line_is_continued_as_without_the_flag_or_answered_by_an_error(trained, monkeypatch):
     flags = ["--max-new-tokens=30", "--seed=3", "--device=cpu"]
     alone = [generate(trained, f"--prompt={line}", *flags) for line in ("the ship", "", "moons")]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the ship\n\nthe #\nmoons"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the ship\r\n\nthe #\nmoons"))
     done = trained.run("inference.py", "--interactive", *flags)
     assert done.stdout == "".join(alone)
     assert re.fullmatch("error: the character '#' is not in the vocabulary.*\n", done.stderr)

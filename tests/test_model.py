@@ -466,7 +466,7 @@ def test_a_model_saved_on_a_gpu_loads_on_a_machine_without_one(path, monkeypatch
     assert model.lm_head.weight.device.type == "cpu"
 
 
-def test_what_cannot_be_written_leaves_the_old_file(path, monkeypatch):
+def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(path, monkeypatch):
     def fail(_: int) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
@@ -475,6 +475,7 @@ def test_what_cannot_be_written_leaves_the_old_file(path, monkeypatch):
     with pytest.raises(InputError, match=r"m\.pth cannot be written: no space left"):
         save_model(path, small_model(), CharTokenizer("another"))
     assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 @posix_only  # Windows refuses to replace a file while it is read
