@@ -656,6 +656,8 @@ def read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except MemoryError as error:
+        raise InputError(f"{path} cannot be read: MemoryError, it is too large") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}): convert it first") from error
     return unicodedata.normalize("NFC", text)

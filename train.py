@@ -917,8 +917,11 @@ def join_processes(settings: Settings) -> tuple[int, int]:
     if not dist.is_torchelastic_launched():
         return 0, 1
     dist.init_process_group()
-    if settings.device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process has its own GPU
+    if settings.device in ("auto", "cuda") and torch.cuda.is_available():
+        gpu = int(os.environ["LOCAL_RANK"])  # each process has its own
+        if gpu >= torch.cuda.device_count():
+            raise InputError("there are fewer GPUs than processes: lower --nproc-per-node")
+        torch.cuda.set_device(gpu)
     return dist.get_rank(), dist.get_world_size()
 
 

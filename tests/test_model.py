@@ -497,6 +497,15 @@ def test_a_text_is_read_with_plain_line_breaks_and_composed_letters(tmp_path):
     assert read_text(path) == "a\nb\nc\nЖ中🪐 \u00e9"
 
 
+def test_a_text_that_does_not_fit_into_memory_is_named(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(InputError, match=r"large\.txt cannot be read: MemoryError"):
+        read_text(Path("large.txt"))
+
+
 def test_a_file_that_is_not_utf_8_is_refused_with_its_first_bad_byte(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"caf\xe9 noir")
