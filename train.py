@@ -119,6 +119,10 @@ class Settings:
     def checkpoint(self) -> Path:
         return self.model.with_suffix(".train.pth")
 
+    @property
+    def picture(self) -> Path:
+        return self.model.with_suffix(".png")
+
     def as_dict(self) -> dict[str, Any]:
         """Returns the settings for a file or a tracker, which cannot hold a Path."""
         return {**vars(self), "data": str(self.data.resolve()), "model": str(self.model)}
@@ -577,10 +581,6 @@ def write_passage(trainer: Trainer) -> str:
 PICTURE_TITLE = "Losses of train.py"  # in the file, to tell it from other pictures
 
 
-def picture_path(settings: Settings) -> Path:
-    return settings.model.with_suffix(".png")
-
-
 def draw_losses(trainer: Trainer, losses_to_beat: dict[str, float]) -> None:
     """Draws both losses by step, and what counting achieves, into a file beside the model."""
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -598,7 +598,7 @@ def draw_losses(trainer: Trainer, losses_to_beat: dict[str, float]) -> None:
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Title": PICTURE_TITLE})
-    write_file(picture_path(trainer.settings), buffer.getvalue())
+    write_file(trainer.settings.picture, buffer.getvalue())
 
 
 # ----------------------------------------------------------------------------------------
@@ -637,6 +637,8 @@ class Report:
         )
 
     def add(self, row: Row) -> None:
+        # First the picture: a Ctrl-C while matplotlib draws can be lost, and a user who reads the
+        # printed line may well press it.
         if row["step"] > 0:
             try:
                 draw_losses(self.trainer, self.losses_to_beat)
@@ -764,7 +766,7 @@ def check_outputs(settings: Settings) -> None:
     for path in (settings.model, settings.checkpoint):
         if path.exists():
             load_content(path)  # raises InputError if it is another file
-    picture = picture_path(settings)
+    picture = settings.picture
     if picture.is_file() and PICTURE_TITLE.encode() not in picture.read_bytes():
         raise InputError(f"{picture} was not written by train.py: move it, or change --model")
 

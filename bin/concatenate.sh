@@ -50,7 +50,7 @@ awk '
     FNR == 1 && NR > 1 { print "" }  # the blank line between two books
     {
         gsub(/\357\273\277/, "")  # byte order marks
-        sub(/\r+$/, "")
+        sub(/\r+$/, "")  # what Windows adds to a line end
         gsub(/\r/, "\n")  # the line ends of old Macs
         print  # with the line end that the last line of a book may lack
     }

@@ -119,7 +119,7 @@ def project(tmp_path: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project with a trained model, for tests that leave both as they are."""
+    """A project with a trained model, which no test may change."""
     project = Project(tmp_path_factory.mktemp("trained"))
     project.train()
     return project

@@ -13,7 +13,7 @@ import torch
 from conftest import Project, posix_only
 from torch import nn
 
-from inference import attention_weights, read_logits
+from inference import attention_weights, prompt, read_logits
 from model import GPT, CharTokenizer, GPTConfig, load_model, save_model
 
 ENDLESS = f"--max-new-tokens={10**6}"
@@ -40,16 +40,12 @@ def random_model(context_length: int, vocab_size: int = 11) -> GPT:
 # What is written
 
 
-def test_it_continues_the_prompt_in_the_script_by_500_characters(trained):
-    source = (trained.directory / "inference.py").read_text(encoding="utf-8")
-    edited_source, count = re.subn('^prompt = ".*"', 'prompt = "the ship"', source, flags=re.M)
-    assert count == 1
-    edited = trained.directory / "edited.py"
-    edited.write_text(edited_source, encoding="utf-8")
-
-    done = trained.run("edited.py", "--device=cpu")
+def test_it_continues_the_prompt_in_the_script_by_500_characters(project):
+    project.train()
+    project.edit("inference.py", f'\nprompt = "{prompt}"', '\nprompt = "the ship"')
+    done = project.run("inference.py", "--device=cpu")
     assert re.fullmatch("the ship.{500}\n", done.stdout, re.DOTALL)
-    assert set(done.stdout) <= set(trained.text)
+    assert set(done.stdout) <= set(project.text)
     assert done.stderr == ""
 
 
