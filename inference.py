@@ -101,7 +101,7 @@ def encode(model: GPT, tokenizer: CharTokenizer, text: str) -> Tensor:
     return tokenizer.encode(compose(text)).to(model.lm_head.weight.device)
 
 
-# Generating
+# ---- Generating ------------------------------------------------------------------------
 
 
 def complete(model: GPT, tokenizer: CharTokenizer, text: str, args: argparse.Namespace) -> None:
@@ -148,7 +148,7 @@ def complete_lines(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespac
             print(f"error: {error}", file=sys.stderr)
 
 
-# Looking inside
+# ---- Looking inside --------------------------------------------------------------------
 
 
 def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:

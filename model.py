@@ -43,9 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# ----------------------------------------------------------------------------------------
-# 1 Configuration
-# ----------------------------------------------------------------------------------------
+# ---- 1 Configuration -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ class GPTConfig:
             raise InputError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
 
 
-# ----------------------------------------------------------------------------------------
-# 2 Text and ids
-# ----------------------------------------------------------------------------------------
+# ---- 2 Text and ids --------------------------------------------------------------------
 
 
 class CharTokenizer:
@@ -109,9 +105,7 @@ def visible(character: str) -> str:
     return "space" if character == " " else repr(character)[1:-1]
 
 
-# ----------------------------------------------------------------------------------------
-# 3 Positions
-# ----------------------------------------------------------------------------------------
+# ---- 3 Positions -----------------------------------------------------------------------
 
 
 def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
@@ -142,9 +136,7 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
     return pairs.flatten(1)[:, :n_embd].float()  # (T, C), also for an odd C
 
 
-# ----------------------------------------------------------------------------------------
-# 4 Attention
-# ----------------------------------------------------------------------------------------
+# ---- 4 Attention -----------------------------------------------------------------------
 
 
 def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
@@ -258,9 +250,7 @@ class MultiHeadAttention(nn.Module):
         return self.output(x)
 
 
-# ----------------------------------------------------------------------------------------
-# 5 Feed-forward and the block
-# ----------------------------------------------------------------------------------------
+# ---- 5 Feed-forward and the block ------------------------------------------------------
 
 
 class FeedForward(nn.Module):
@@ -321,9 +311,7 @@ class TransformerBlock(nn.Module):
         return x
 
 
-# ----------------------------------------------------------------------------------------
-# 6 The model
-# ----------------------------------------------------------------------------------------
+# ---- 6 The model -----------------------------------------------------------------------
 
 
 class GPT(nn.Module):
@@ -463,9 +451,7 @@ def init_linear(layer: nn.Linear, std: float) -> None:
     nn.init.zeros_(layer.bias)
 
 
-# ----------------------------------------------------------------------------------------
-# 7 Generation
-# ----------------------------------------------------------------------------------------
+# ---- 7 Generation ----------------------------------------------------------------------
 
 
 class KVCache:
@@ -548,11 +534,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return torch.empty_like(logits).scatter(-1, ids, ranked)  # in the order of the ids again
 
 
-# ----------------------------------------------------------------------------------------
 # This is the whole model. The rest is not needed to understand it.
-#
-# 8 Files, and what the scripts share
-# ----------------------------------------------------------------------------------------
+
+# ---- 8 Files, and what the scripts share -----------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
 MODEL_PATH = ROOT / "models/model-scifi.pth"

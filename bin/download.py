@@ -37,7 +37,7 @@ class DownloadError(Exception):
     """A message for the user: what went wrong, and what to do."""
 
 
-# ---- From the bytes of a file to the text of a book
+# ---- From the bytes of a file to the text of a book ------------------------------------
 
 
 def decode(data: bytes) -> str:
@@ -105,7 +105,7 @@ def extract_book(text: str) -> str:
     return book.lstrip("\n").rstrip() + "\n"
 
 
-# ---- The catalogue
+# ---- The catalogue ---------------------------------------------------------------------
 
 
 def read_catalogue() -> dict[int, dict[str, str]]:
@@ -130,7 +130,7 @@ def file_name(number: int, title: str) -> str:
     return "-".join([str(number), *words])[:60] + ".txt"
 
 
-# ---- The run
+# ---- The run ---------------------------------------------------------------------------
 
 GIVE_UP = (
     f"gave up after {PATIENCE} failures in a row. Run the same command again, perhaps with "
@@ -169,7 +169,7 @@ def download(names: dict[int, str], mirror: str, folder: Path) -> int:
     return failed
 
 
-# ---- The command line
+# ---- The command line ------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
