@@ -56,9 +56,7 @@ SAMPLE = ROOT / "data/sample.txt"
 
 Row = dict[str, float]  # of the log: the step and the losses of an evaluation
 
-# ----------------------------------------------------------------------------------------
-# Settings
-# ----------------------------------------------------------------------------------------
+# ---- Settings --------------------------------------------------------------------------
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
@@ -128,9 +126,7 @@ class Settings:
         return {**vars(self), "data": str(self.data.resolve()), "model": str(self.model)}
 
 
-# ----------------------------------------------------------------------------------------
-# Text
-# ----------------------------------------------------------------------------------------
+# ---- Text ------------------------------------------------------------------------------
 
 
 def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -164,9 +160,7 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
     return ids.unfold(0, context_length + 1, stride)[:count]
 
 
-# ----------------------------------------------------------------------------------------
-# Trainer
-# ----------------------------------------------------------------------------------------
+# ---- Trainer ---------------------------------------------------------------------------
 
 
 class Trainer:
@@ -221,8 +215,7 @@ class Trainer:
 
         # The state of the run
         self.step = 0  # steps done
-        self.saved_step = 0  # that of this run's checkpoint
-        self.log: list[Row] = []
+        self.log: list[Row] = []  # an evaluation each, but for the one before the first step
 
     def make_seed(self, *numbers: int) -> int:
         """Makes a new seed of the run's seed and, for example, the step.
@@ -312,7 +305,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Row:
-        """Adds a row to the log: the mean losses, in nats, of fixed windows of both parts.
+        """Returns the mean losses, in nats, of fixed windows of both parts.
 
         Raises FloatingPointError if training has diverged.
         """
@@ -328,7 +321,6 @@ class Trainer:
 
         if not math.isfinite(row["val_loss"]):
             raise FloatingPointError(f"step {self.step}: the loss diverged: lower --learning-rate")
-        self.log.append(row)
         return row
 
 
@@ -348,13 +340,12 @@ def train(trainer: Trainer, report: "Report | None") -> None:
             is_due = trainer.step % trainer.settings.eval_interval == 0
             if report and (is_due or trainer.step == last_step):
                 row = trainer.evaluate()
+                trainer.log.append(row)
                 save(trainer)
                 report.add(row)
 
 
-# ----------------------------------------------------------------------------------------
-# Optimizers
-# ----------------------------------------------------------------------------------------
+# ---- Optimizers ------------------------------------------------------------------------
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -484,11 +475,9 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
     return [adamw]
 
 
-# ----------------------------------------------------------------------------------------
 # That is how the model learns. What follows measures, reports, saves and starts the run.
-#
-# What counting can do, and what the model has learned
-# ----------------------------------------------------------------------------------------
+
+# ---- What counting can do, and what the model has learned ------------------------------
 
 NGRAMS = {1: "unigram", 2: "bigram", 3: "trigram", 4: "4-gram", 5: "5-gram"}
 MAX_COUNTED = 1_000_000  # characters of the training part; more would take too long
@@ -555,6 +544,7 @@ def loss_by_context(model: GPT, windows: Tensor) -> dict[int, float]:
     Entry k is that of the characters with k to 2 k - 1 characters before them in their window. It
     shows what a longer context is worth.
     """
+    model.eval()
     losses = []  # (batch, T) each
     for rows in windows.to(model.lm_head.weight.device).split(32):
         logits, _ = model(rows[:, :-1])  # (batch, T, V)
@@ -585,12 +575,11 @@ def draw_losses(trainer: Trainer, losses_to_beat: dict[str, float]) -> None:
     """Draws both losses by step, and what counting achieves, into a file beside the model."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per character)")
-    rows = [row for row in trainer.log if row["step"] > 0]  # at step 0 the loss is far above
-    steps = [row["step"] for row in rows]
+    steps = [row["step"] for row in trainer.log]
     for part in ("train", "val"):
-        losses = [row[f"{part}_loss"] for row in rows]
+        losses = [row[f"{part}_loss"] for row in trainer.log]
         axes.plot(steps, losses, ".-", label=f"{part} loss")
-    for name in ("bigram", "trigram", "4-gram", "5-gram"):  # the others are far above, too
+    for name in ("bigram", "trigram", "4-gram", "5-gram"):  # the others are far above
         loss = losses_to_beat[name]
         axes.axhline(loss, color="gray", linestyle="--")
         axes.text(steps[-1], loss, name, ha="right", va="bottom")
@@ -601,9 +590,7 @@ def draw_losses(trainer: Trainer, losses_to_beat: dict[str, float]) -> None:
     write_file(trainer.settings.picture, buffer.getvalue())
 
 
-# ----------------------------------------------------------------------------------------
-# Reports
-# ----------------------------------------------------------------------------------------
+# ---- Reports ---------------------------------------------------------------------------
 
 
 class Report:
@@ -621,25 +608,19 @@ class Report:
 
     def print_start(self) -> None:
         trainer = self.trainer
-        settings = trainer.settings
-        if settings.resume and trainer.step == 0:
-            print_notice(f"there is no checkpoint {settings.checkpoint}: this is a new run")
-        if trainer.step == 0 and settings.model.exists():
-            print_notice(
-                f"this run will replace {settings.model} and its checkpoint: name another --model "
-                "to keep them"
-            )
         characters = len(trainer.train_ids) + len(trainer.val_ids)
+        parameters = trainer.model.count_parameters()
+        charts = COMMANDS.get(self.tracker_name, "none")
         print_notice(
-            f"{settings.data}: {characters:,} characters; {trainer.model.count_parameters():,} "
-            f"parameters; {trainer.device} in {trainer.precision}; "
-            f"charts: {COMMANDS.get(self.tracker_name, 'none')}; starting at step {trainer.step}"
+            f"{trainer.settings.data}: {characters:,} characters; {parameters:,} parameters; "
+            f"{trainer.device} in {trainer.precision}; charts: {charts}; "
+            f"starting at step {trainer.step}"
         )
 
     def add(self, row: Row) -> None:
         # First the picture: a Ctrl-C while matplotlib draws can be lost, and a user who reads the
         # printed line may well press it.
-        if row["step"] > 0:
+        if self.trainer.log:
             try:
                 draw_losses(self.trainer, self.losses_to_beat)
             except InputError as error:  # for example, another program has the file open
@@ -651,7 +632,7 @@ class Report:
         )
         passage = write_passage(self.trainer)
         print_notice(f"    {' '.join(passage.split())}")
-        self.attempt(self.track, passage)
+        self.attempt(self.track, row, passage)
 
     def attempt(self, function: Callable[..., None], *arguments: Any) -> None:
         """Calls a function that uses the tracker, if there is one."""
@@ -664,12 +645,12 @@ class Report:
             print_notice(f"{self.tracker_name} failed ({reason}); training goes on without charts")
             self.tracker_name = "none"
 
-    def track(self, passage: str) -> None:
-        """Sends the last evaluation, and if it is the first of a resumed run, those before it."""
-        rows = self.trainer.log[-1:]
+    def track(self, row: Row, passage: str) -> None:
+        """Sends an evaluation, and if it is the first of a resumed run, those before it too."""
+        rows = [row]
         if self.tracker is None:
             self.tracker = make_tracker(self.tracker_name, self.trainer.settings)
-            rows = self.trainer.log
+            rows = self.trainer.log or [row]
         for row in rows:
             self.tracker.add_scalar("train_loss", row["train_loss"], row["step"])
             self.tracker.add_scalar("val_loss", row["val_loss"], row["step"])
@@ -680,21 +661,20 @@ class Report:
             self.attempt(self.tracker.close)
 
     def print_end(self) -> None:
-        """Says what the best model has learned, and what comes next."""
+        """Says what the model has learned, and what comes next."""
         trainer = self.trainer
-        path = trainer.settings.model
-        if not path.exists():  # the run was finished before, and its model was moved
-            return
-        best, _, saved = load_model(path, trainer.device)
-        windows = evaluation_windows(trainer.val_ids, best.config.context_length, CONTEXT_WINDOWS)
-        losses = loss_by_context(best, windows)
+        T = trainer.settings.context_length
+        windows = evaluation_windows(trainer.val_ids, T, CONTEXT_WINDOWS)
+        losses = loss_by_context(trainer.model, windows)
         figures = ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items())
         print(f"by context: {figures}")
 
+        best = min(trainer.log, key=lambda row: row["val_loss"])
+        path = trainer.settings.model
         flag = "" if path == MODEL_PATH else f' --model "{path}"'
         print_notice(
-            f"{path} is the model of step {saved['step']}, with a validation loss of "
-            f"{saved['val_loss']:.4f}\n"
+            f"{path} is the model of step {best['step']}, with a validation loss of "
+            f"{best['val_loss']:.4f}\n"
             f"next: python inference.py{flag}, or python show_params.py{flag}"
         )
 
@@ -748,9 +728,7 @@ class AimWriter:
         self.run.close()
 
 
-# ----------------------------------------------------------------------------------------
-# Saving and resuming
-# ----------------------------------------------------------------------------------------
+# ---- Saving and resuming ---------------------------------------------------------------
 
 
 def check_outputs(settings: Settings) -> None:
@@ -774,13 +752,13 @@ def check_outputs(settings: Settings) -> None:
 def save(trainer: Trainer) -> None:
     """Saves the model if its validation loss is the lowest so far, and what `resume` needs."""
     settings = trainer.settings
-    if trainer.saved_step == 0:
-        # If the run is killed between the two files, --resume must not find the checkpoint of an
+    if len(trainer.log) == 1:
+        # If a new run is killed between the two files, --resume must not find the checkpoint of an
         # earlier run beside the model of this one.
         settings.checkpoint.unlink(missing_ok=True)
 
     row = trainer.log[-1]
-    lowest = min(row["val_loss"] for row in trainer.log if row["step"] > 0)
+    lowest = min(row["val_loss"] for row in trainer.log)
     if row["val_loss"] == lowest or not settings.model.exists():
         save_model(settings.model, trainer.model, trainer.tokenizer, **row)
     save_model(
@@ -793,7 +771,6 @@ def save(trainer: Trainer) -> None:
         log=trainer.log,
         optimizers=[optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
     )
-    trainer.saved_step = trainer.step
 
 
 def resume(trainer: Trainer) -> None:
@@ -808,13 +785,10 @@ def resume(trainer: Trainer) -> None:
         # The rest, such as the weight decay, is from the current settings.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     trainer.step = saved["step"]
-    trainer.saved_step = saved["step"]
     trainer.log = saved["log"]
 
 
-# ----------------------------------------------------------------------------------------
-# Starting
-# ----------------------------------------------------------------------------------------
+# ---- Starting --------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -847,7 +821,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 # What a resumed run must have in common with the run that it continues
-FIXED = ("context_length", "n_layer", "n_head", "n_embd", "optimizer", "val_fraction")
+FIXED = (
+    "batch_size",
+    "context_length",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "optimizer",
+    "val_fraction",
+    "seed",
+)
 
 
 def parse_arguments() -> Settings:
@@ -859,7 +842,7 @@ def parse_arguments() -> Settings:
         parser.error(f"--model {arguments.model} must end with .pth, and not with .train.pth")
 
     checkpoint = Settings(model=arguments.model).checkpoint
-    if arguments.resume and checkpoint.exists():
+    if arguments.resume:
         saved = load_content(checkpoint)["metadata"].get("settings", {})
         if saved.keys() != vars(arguments).keys():
             raise InputError(f"{checkpoint} was made by another version of train.py")
@@ -889,18 +872,15 @@ def run(settings: Settings) -> None:
     if rank == 0:
         check_outputs(settings)
     trainer = Trainer(settings, rank, world)
-    if settings.resume and settings.checkpoint.exists():
+    if settings.resume:
         resume(trainer)
 
     report = Report(trainer) if rank == 0 else None
     try:
         train(trainer, report)
     except KeyboardInterrupt:
-        if report and trainer.saved_step > 0:
-            advice = f"the same command with --resume continues from step {trainer.saved_step}"
-            print_notice(f"stopped; {advice}")
-        elif report:
-            print_notice("stopped; nothing of this run is saved yet")
+        if report and trainer.log:
+            print_notice("stopped; with --resume this run continues from its last evaluation")
         raise
     finally:
         if report:

@@ -62,6 +62,11 @@ def take_steps(trainer: Trainer, last_step: int) -> None:
         trainer.train_step()
 
 
+def evaluate_and_save(trainer: Trainer) -> None:
+    trainer.log.append(trainer.evaluate())
+    train.save(trainer)
+
+
 def evaluations(output: str) -> list[tuple[int, float, float, float]]:
     """The step, both losses and the bits per character of each evaluation."""
     lines = [line for line in output.splitlines() if line.startswith("step ")]
@@ -297,8 +302,7 @@ def test_a_run_resumed_twice_equals_one_that_was_not_interrupted(
     for last_step in (2, 3, 7):
         trainer = Trainer(settings) if last_step == 2 else resume(settings)
         take_steps(trainer, last_step)
-        trainer.evaluate()
-        train.save(trainer)
+        evaluate_and_save(trainer)
 
     saved = load_content(settings.checkpoint)
     assert_equal(saved["weights"], uninterrupted.model.state_dict())
@@ -383,8 +387,7 @@ def test_bf16_is_refused_on_mps(project):
 def save_first_checkpoint(project: Project) -> None:
     trainer = Trainer(small_settings(project))
     take_steps(trainer, 3)
-    trainer.evaluate()
-    train.save(trainer)
+    evaluate_and_save(trainer)
 
 
 def test_a_resumed_run_has_the_settings_of_the_run_but_for_those_that_are_given(project):
@@ -406,8 +409,10 @@ def test_a_run_is_resumed_with_another_weight_decay(project):
 
 def test_a_run_is_not_resumed_with_another_model_or_text_or_version_of_the_code(project):
     project.train()
-    done = project.train("--resume", "--n-layer=1", status=2)
-    assert "--n-layer must stay 2 in a resumed run" in done.stderr
+    for flag in ("--n-layer=1", "--seed=2"):
+        name = flag.split("=")[0]
+        done = project.train("--resume", flag, status=2)
+        assert re.search(rf"{name} must stay . in a resumed run", done.stderr)
     project.text_file.write_text(project.text[::-1], encoding="utf-8")
     assert "of a run with another text" in project.train("--resume", status=1).stderr
     project.model.rename(project.checkpoint)  # has no settings
@@ -443,10 +448,9 @@ def test_a_new_run_never_leaves_the_checkpoint_of_another_beside_its_model(
     project.train("--n-layer=1")
     trainer = Trainer(small_settings(project))
     take_steps(trainer, 3)
-    trainer.evaluate()
     fail_to_save(monkeypatch, call)
     with pytest.raises(InputError, match="no space left"):
-        train.save(trainer)
+        evaluate_and_save(trainer)
     assert load_model(project.model)[0].config.n_layer == 1 + call
     assert not project.checkpoint.exists()
 
@@ -455,10 +459,9 @@ def test_a_resumed_run_keeps_its_checkpoint_until_there_is_a_new_one(project, mo
     save_first_checkpoint(project)
     trainer = resume(small_settings(project))
     take_steps(trainer, 6)
-    trainer.evaluate()
     fail_to_save(monkeypatch, call=1)
     with pytest.raises(InputError, match="no space left"):
-        train.save(trainer)
+        evaluate_and_save(trainer)
     assert load_content(project.checkpoint)["metadata"]["step"] == 3
 
 
@@ -501,11 +504,6 @@ def test_a_run_says_what_it_trains_what_to_beat_what_it_learned_and_what_comes_n
 def test_a_log_file_has_whole_lines_and_no_progress_bar(project):
     done = project.train()
     assert "\r" not in done.stdout + done.stderr
-
-
-def test_a_run_that_replaces_a_model_says_so(project):
-    assert "will replace" not in project.train().stderr
-    assert f"will replace {project.model} and its checkpoint" in project.train().stderr
 
 
 def test_two_runs_print_the_same(project):
@@ -580,9 +578,12 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_end(project):
     undisturbed = project.directory / "models/undisturbed.pth"
     project.train(*flags, "--model", undisturbed)
 
+    def resume_flag() -> list[str]:
+        return ["--resume"] if project.checkpoint.exists() else []
+
     rng = random.Random()
     for _ in range(KILLS):
-        with project.start_training(*flags, "--resume") as process:
+        with project.start_training(*flags, *resume_flag()) as process:
             process.stdout.readline()
             time.sleep(0.4 * rng.random())
             process.kill()
@@ -590,7 +591,7 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_end(project):
             if path.exists():
                 load_model(path)  # raises InputError if it is not whole
 
-    project.train(*flags, "--resume")
+    project.train(*flags, *resume_flag())
     checkpoints = project.checkpoint, undisturbed.with_suffix(".train.pth")
     assert_same_weights(*checkpoints)
     assert_same_weights(project.model, undisturbed)
@@ -622,7 +623,7 @@ def test_an_interrupted_run_leaves_the_checkpoint_of_its_last_evaluation(project
         errors = stderr.read()
     if interrupt is press_ctrl_c:
         assert process.returncode == 130
-        assert re.search(r"the same command with --resume continues from step \d+\n$", errors)
+        assert re.search("with --resume this run continues from its last evaluation\n$", errors)
 
     saved = load_content(project.checkpoint)
     assert saved["metadata"]["step"] >= 40
@@ -631,8 +632,8 @@ def test_an_interrupted_run_leaves_the_checkpoint_of_its_last_evaluation(project
     assert_equal(saved["weights"], trainer.model.state_dict())
 
 
-def test_without_a_checkpoint_resuming_starts_a_new_run_and_says_so(project):
-    assert f"there is no checkpoint {project.checkpoint}" in project.train("--resume").stderr
+def test_a_run_without_a_checkpoint_is_not_resumed(project):
+    assert f"there is no {project.checkpoint}" in project.train("--resume", status=1).stderr
 
 
 # Several processes
@@ -738,10 +739,10 @@ def run_with_recorder(
     return tracker.calls
 
 
-def test_a_resumed_run_is_drawn_from_its_beginning(project, monkeypatch):
+def test_a_resumed_run_is_drawn_from_its_first_evaluation(project, monkeypatch):
     project.train("--batch-size=12", "--steps=6")
     calls = run_with_recorder(project, monkeypatch, is_resumed=True)
-    assert [step for _, name, step in calls if name == "val_loss"] == [0, 3, 6, 9]
+    assert [step for _, name, step in calls if name == "val_loss"] == [3, 6, 9]
     assert [step for method, _, step in calls if method == "add_text"] == [9]
     assert calls[-1][0] == "close"
 
