@@ -237,7 +237,7 @@ def draw_attention(model: GPT, tokenizer: CharTokenizer, text: str, path: Path) 
     longest = min(LONGEST_PICTURE, model.config.context_length)
     if not 1 <= len(ids) <= longest:
         raise InputError(f"--attention draws 1 to {longest} characters, and not {len(ids)}")
-    characters = [visible(c).replace("space", "␣") for c in tokenizer.decode(ids)]
+    characters = ["␣" if c == " " else visible(c) for c in tokenizer.decode(ids)]
     places = range(len(ids))
 
     weights = attention_weights(model, ids)

@@ -399,7 +399,8 @@ class Muon(torch.optim.Optimizer):
                 self.update(params, group)
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        # Average the gradients, and look one step ahead (Nesterov).
+        # The direction is the average of the gradients, with the newest one counted once more
+        # (Nesterov's momentum).
         momentum = group["momentum"]
         directions = []
         for p in params:

@@ -15,8 +15,8 @@ folder=${1:-$data/books}
 [[ $folder == /* ]] || folder=./$folder # or awk would take the path a=b/c.txt as an assignment
 output=${2:-$data/scifi.txt}
 
-if [ -e "$output" ] && [ ! -f "$output" ]; then
-    echo "error: $output is not a file" >&2
+if [ -d "$output" ]; then
+    echo "error: $output is a folder: name a file in it" >&2
     exit 1
 fi
 
@@ -24,8 +24,12 @@ fi
 books=()
 while IFS= read -r name; do
     book=$folder/$name
-    if [ ! -f "$book" ] || [ "$book" -ef "$output" ]; then
-        continue # no text matches *.txt, or this one is an earlier output
+    if [ ! -f "$book" ]; then
+        continue # no text matches *.txt
+    fi
+    if [ "$book" -ef "$output" ]; then
+        echo "error: $output would replace one of the books: name another output" >&2
+        exit 1
     fi
 
     # Nothing is converted here, because a wrong guess of an encoding destroys a text.
@@ -57,4 +61,4 @@ awk '
 ' "${books[@]}" >"$output.part"
 mv -f "$output.part" "$output"
 
-printf '%s: %d books\nnext: python train.py --data %q\n' "$output" ${#books[@]} "$output" >&2
+printf '%s: %d book(s)\nnext: python train.py --data %q\n' "$output" ${#books[@]} "$output" >&2

@@ -9,6 +9,7 @@ Times differ between machines and from minute to minute; the ratios say more.
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from model import GPT, sample
 from train import SAMPLE, Settings, Trainer
+
+FOLDER = tempfile.TemporaryDirectory()
+MODEL = Path(FOLDER.name) / "benchmark.pth"
 
 SIZES = {
     "default sizes": {},
@@ -57,7 +61,7 @@ def compare(title: str, ways: dict[str, Callable[[], object]], rounds: int) -> N
 
 
 def make_step(**settings: object) -> Callable[[], object]:
-    trainer = Trainer(Settings(data=SAMPLE, model=ROOT / "models/benchmark.pth", **settings))
+    trainer = Trainer(Settings(data=SAMPLE, model=MODEL, **settings))
 
     def step() -> float:
         return trainer.train_step().item()  # waits for a GPU
@@ -86,7 +90,7 @@ def generate_without_a_cache(model: GPT, ids: Tensor, count: int) -> None:
 
 
 def compare_generation(title: str, sizes: dict[str, int]) -> None:
-    trainer = Trainer(Settings(data=SAMPLE, model=ROOT / "models/benchmark.pth", **sizes))
+    trainer = Trainer(Settings(data=SAMPLE, model=MODEL, **sizes))
     model = trainer.model.eval()
     one = trainer.val_ids[None, :31].to(trainer.device)
     ways = {
@@ -105,17 +109,15 @@ def run(*command: str) -> None:
 
 
 def compare_starts() -> None:
-    short_run = ["--steps=1", "--tracker=none", "--model=models/benchmark.pth", f"--data={SAMPLE}"]
+    short_run = ["--steps=1", "--tracker=none", f"--model={MODEL}", f"--data={SAMPLE}"]
     run("train.py", *short_run)
     ways = {
         "import torch": lambda: run("-c", "import torch"),
-        "inference.py": lambda: run("inference.py", "--model=models/benchmark.pth"),
-        "show_params.py": lambda: run("show_params.py", "--model=models/benchmark.pth"),
+        "inference.py": lambda: run("inference.py", f"--model={MODEL}"),
+        "show_params.py": lambda: run("show_params.py", f"--model={MODEL}"),
         "train.py, one step": lambda: run("train.py", *short_run),
     }
     compare("a whole process", ways, rounds=3)
-    for path in (ROOT / "models").glob("benchmark*"):
-        path.unlink()
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ def test_every_file_whose_name_ends_in_txt_is_a_book_and_no_other(books):
     assert joined_text(books) == "B.TXT\n\n1-a.txt\n"
 
 
-def test_an_earlier_output_among_the_books_is_not_a_book(books):
+def test_a_book_is_never_the_output(books):
     (books / "1-a.txt").write_text("a")
-    join(books, output="my books/all.txt")
-    join(books, output="my books/all.txt")
-    assert (books / "all.txt").read_text() == "a\n"
+    (books / "my own.txt").write_text("b")
+    assert "would replace one of the books" in join(books, output="my books/my own.txt", status=1)
+    assert (books / "my own.txt").read_text() == "b"
 
 
 def test_any_text_is_joined_as_python_joins_it(books):
@@ -86,7 +86,7 @@ def test_without_books_it_says_what_to_run_and_that_training_works_anyway(books)
 
 def test_a_folder_is_not_an_output(books):
     (books / "1-a.txt").write_text("a")
-    assert "my books is not a file" in join(books, output="my books", status=1)
+    assert "my books is a folder" in join(books, output="my books", status=1)
 
 
 def test_a_failure_keeps_the_old_output(books):

@@ -223,6 +223,16 @@ def test_to_a_new_model_all_characters_are_about_equally_likely():
 
 
 @torch.no_grad()
+def test_each_layer_begins_with_its_size_and_those_before_a_sum_smaller_with_depth():
+    model = GPT(GPTConfig(vocab_size=100, n_layer=8))
+    sizes = {"token_embedding": 1.0, "qkv": 0.02, "expand": 0.02, "lm_head": 0.02}
+    sizes |= {"output": 0.02 / 4, "contract": 0.02 / 4}
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            layer = name.split(".")[-2]
+            assert p.std().item() == pytest.approx(sizes[layer], rel=0.1), name
+
+
 def test_the_loss_is_the_mean_of_minus_log_probability():
     model, ids, targets = small_model(), random_ids(2, 5), random_ids(2, 5).flip(1)
     logits, loss = model(ids, targets)

@@ -251,6 +251,16 @@ def test_the_learning_rate_rises_and_then_falls_to_zero(project):
 # Trainer
 
 
+def test_gradients_are_scaled_down_to_the_limit_of_their_norm(project):
+    limited, free = [Trainer(small_settings(project, grad_clip=limit)) for limit in (0.001, 1e9)]
+    norms = []
+    for trainer in (limited, free):
+        trainer.train_step()
+        averages = [state["momentum_buffer"] for state in trainer.optimizers[0].state.values()]
+        norms.append(math.hypot(*[average.norm().item() for average in averages]))
+    assert 0 < norms[0] <= 0.001 < norms[1]
+
+
 def test_the_parts_of_a_batch_add_up_to_the_batch(project):
     whole, three_parts = [Trainer(small_settings(project, accumulate=n)) for n in (1, 3)]
     for _ in range(4):
