@@ -16,9 +16,7 @@ import math
 import os
 import re
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -44,7 +42,6 @@ from model import (
     InputError,
     find_device,
     load_content,
-    load_model,
     read_text,
     save_model,
     use_utf8,
@@ -60,7 +57,7 @@ Row = dict[str, float]  # of the log: the step and the losses of an evaluation
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A field of the settings: its help, and perhaps a minimum, a maximum, or choices."""
+    """A field: its help, perhaps limits, and whether a resumed run must have the same value."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -75,18 +72,22 @@ class Settings:
 
     # The amount of work
     steps: int = setting(750, "steps of the optimizer", minimum=1)
-    batch_size: int = setting(16, "windows of text in each step", minimum=1)
+    batch_size: int = setting(16, "windows of text in each step", minimum=1, fixed=True)
     accumulate: int = setting(1, "micro-batches per step (gradient accumulation)", minimum=1)
 
     # The model. A larger one learns more from each character, but reads fewer in the same time.
-    context_length: int = setting(GPTConfig.context_length, "characters in a window", minimum=1)
-    n_layer: int = setting(GPTConfig.n_layer, "blocks", minimum=1)
-    n_head: int = setting(GPTConfig.n_head, "attention heads in each block", minimum=1)
-    n_embd: int = setting(GPTConfig.n_embd, "channels", minimum=1)
+    context_length: int = setting(
+        GPTConfig.context_length, "characters in a window", minimum=1, fixed=True
+    )
+    n_layer: int = setting(GPTConfig.n_layer, "blocks", minimum=1, fixed=True)
+    n_head: int = setting(GPTConfig.n_head, "attention heads in a block", minimum=1, fixed=True)
+    n_embd: int = setting(GPTConfig.n_embd, "channels", minimum=1, fixed=True)
     dropout: float = setting(0.0, "share of activations dropped", minimum=0, maximum=0.99)
 
     # The optimizer of the blocks' matrices. AdamW trains the rest in any case.
-    optimizer: str = setting("muon", "for the blocks' matrices", choices=("muon", "adamw"))
+    optimizer: str = setting(
+        "muon", "for the blocks' matrices", choices=("muon", "adamw"), fixed=True
+    )
     learning_rate: float = setting(0.02, "the peak learning rate; for adamw try 0.007", minimum=0)
     # Muon's update is equally large however noisy its average of gradients is. The first averages
     # are the noisiest, so the rate begins low.
@@ -96,10 +97,10 @@ class Settings:
     grad_clip: float = setting(1.0, "larger gradients are scaled down to this norm", minimum=1e-9)
 
     eval_interval: int = setting(100, "steps between evaluations and checkpoints", minimum=1)
-    val_fraction: float = setting(0.1, "share of the text held out", minimum=0.001, maximum=0.999)
+    val_fraction: float = setting(0.1, "share of text held out", minimum=0, maximum=1, fixed=True)
 
     # The machine
-    seed: int = setting(1, "makes a run repeatable")
+    seed: int = setting(1, "makes a run repeatable", fixed=True)
     device: str = setting("auto", "cpu, cuda or mps; auto is a GPU if there is one")
     precision: str = setting(
         "auto",
@@ -193,11 +194,6 @@ class Trainer:
         self.tokenizer = CharTokenizer.from_text(text)
         self.train_ids, self.val_ids = split_text(self.tokenizer.encode(text), settings)
         self.window_starts = self.draw_windows()
-        T = settings.context_length
-        self.eval_windows = {
-            "train": evaluation_windows(self.train_ids, T, EVAL_WINDOWS),
-            "val": evaluation_windows(self.val_ids, T, EVAL_WINDOWS),
-        }
 
         # The model
         torch.manual_seed(self.make_seed())  # all processes begin with the same weights
@@ -228,7 +224,7 @@ class Trainer:
         return int(digest[:8], 16)
 
     def draw_windows(self) -> Tensor:
-        """Returns where the windows of all steps start, one after another: 8 bytes for each.
+        """Returns the positions in the text where the windows of each step start, `(steps, B)`.
 
         Each epoch cuts the training part into windows and reads each of them once, in random order.
         On the sample, the validation loss is 0.018 lower than with windows from random places.
@@ -238,19 +234,17 @@ class Trainer:
         count = max(1, (len(self.train_ids) - 1) // T - 1)  # windows in an epoch
         spare = len(self.train_ids) - 1 - count * T  # characters
 
-        epochs = math.ceil(self.settings.steps * self.settings.batch_size / count)
+        steps, B = self.settings.steps, self.settings.batch_size
         starts = []
-        for epoch in range(epochs):
+        for epoch in range(math.ceil(steps * B / count)):
             generator = torch.Generator().manual_seed(self.make_seed(epoch))
             offset = torch.randint(spare + 1, (1,), generator=generator)
             starts.append(offset + T * torch.randperm(count, generator=generator))
-        return torch.cat(starts)
+        return torch.cat(starts)[: steps * B].view(steps, B)
 
     def get_batch(self) -> Tensor:
-        """Returns the windows of this step that this process computes, `(B, T + 1)`."""
-        batch_size = self.settings.batch_size
-        starts = self.window_starts[self.step * batch_size :][:batch_size]
-        own_starts = starts.chunk(self.world)[self.rank]  # (B,)
+        """Returns the windows of this step that this process computes, `(B / world, T + 1)`."""
+        own_starts = self.window_starts[self.step].chunk(self.world)[self.rank]
         # The windows that start at each of the characters, without a copy
         windows = self.train_ids.unfold(0, self.settings.context_length + 1, 1)  # (N, T + 1)
         return windows[own_starts].to(self.device)
@@ -303,25 +297,29 @@ class Trainer:
         warmup = min(1, (step + 1) / (settings.warmup_steps + 1))
         return settings.learning_rate * warmup * (1 - step / settings.steps)
 
-    @torch.no_grad()
     def evaluate(self) -> Row:
         """Returns the mean losses, in nats, of fixed windows of both parts.
 
         Raises FloatingPointError if training has diverged.
         """
-        self.model.eval()
         row: Row = {"step": self.step}
-        for part, windows in self.eval_windows.items():
-            total = torch.zeros((), device=self.device)
-            for rows in windows.to(self.device).split(self.micro_batch_size):  # as in training
-                with self.autocast:  # not compiled_model, which would be compiled for each shape
-                    _, loss = self.model(rows[:, :-1], rows[:, 1:])
-                total += loss * len(rows)
-            row[f"{part}_loss"] = total.item() / len(windows)
-
+        for part, ids in (("train", self.train_ids), ("val", self.val_ids)):
+            row[f"{part}_loss"] = self.losses_by_position(ids, EVAL_WINDOWS).mean().item()
         if not math.isfinite(row["val_loss"]):
             raise FloatingPointError(f"step {self.step}: the loss diverged: lower --learning-rate")
         return row
+
+    @torch.no_grad()
+    def losses_by_position(self, ids: Tensor, count: int) -> Tensor:
+        """Returns the mean loss of the predictions at each position of `count` windows, `(T,)`."""
+        windows = evaluation_windows(ids, self.settings.context_length, count)
+        self.model.eval()
+        losses = []  # (b, T) each
+        for rows in windows.to(self.device).split(self.micro_batch_size):  # as in training
+            with self.autocast:  # not compiled_model, which would be compiled for each shape
+                logits, _ = self.model(rows[:, :-1])  # (b, T, V)
+                losses.append(F.cross_entropy(logits.mT, rows[:, 1:], reduction="none"))
+        return torch.cat(losses).mean(dim=0)
 
 
 def train(trainer: Trainer, report: "Report | None") -> None:
@@ -467,20 +465,20 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
         group = {"params": params, "stacked": stacked, "weight_decay": settings.weight_decay}
         groups.append(group)
 
-    # Shorter memories than AdamW's usual 0.9 and 0.999: a run has few steps.
-    adamw = torch.optim.AdamW(others, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
+    betas = (0.8, 0.99)  # shorter memories than the usual 0.9 and 0.999: a run has few steps
     if settings.optimizer == "muon":
-        return [Muon(groups), adamw]
-    for group in groups:  # the matrices too
-        adamw.add_param_group(group)
-    return [adamw]
+        for_matrices = Muon(groups)
+    else:
+        for_matrices = torch.optim.AdamW(groups, betas=betas, fused=True)
+    for_others = torch.optim.AdamW(others, betas=betas, weight_decay=0.0, fused=True)
+    return [for_matrices, for_others]
 
 
 # That is how the model learns. What follows measures, reports, saves and starts the run.
 
 # ---- What counting can do, and what the model has learned ------------------------------
 
-NGRAMS = {1: "unigram", 2: "bigram", 3: "trigram", 4: "4-gram", 5: "5-gram"}
+NGRAMS = ("uniform", "unigram", "bigram", "trigram", "4-gram", "5-gram")
 MAX_COUNTED = 1_000_000  # characters of the training part; more would take too long
 
 
@@ -498,29 +496,33 @@ def ngram_losses(train_text: str, windows: list[str], vocab_size: int) -> dict[s
 
         p(c | h) = (n(h c) + k(h) p(c | h without its first character)) / (n(h) + k(h))
     """
-    # For each character to predict: up to four characters before it, and the character itself
-    examples = []
-    for window in windows:
-        for end in range(2, len(window) + 1):
-            examples.append(window[max(0, end - len(NGRAMS)) : end])
+    counts = Counter()  # n(h c), for histories of all lengths
+    for n in range(1, len(NGRAMS)):
+        counts.update(train_text[i : i + n] for i in range(len(train_text) - n + 1))
+    n_h = Counter()
+    k_h = Counter()
+    for ngram, count in counts.items():
+        h = ngram[:-1]
+        n_h[h] += count
+        k_h[h] += 1
 
-    probs = [1 / vocab_size] * len(examples)
-    losses = {"uniform": math.log(vocab_size)}
-    for n, name in NGRAMS.items():
-        counts = Counter(train_text[i : i + n] for i in range(len(train_text) - n + 1))
-        n_h = Counter()
-        k_h = Counter()
-        for ngram, count in counts.items():
-            n_h[ngram[:-1]] += count
-            k_h[ngram[:-1]] += 1
+    def p(ngram: str) -> float:
+        """Returns p(c | h), where `ngram` is h and then c; with neither, that of "uniform"."""
+        if not ngram:
+            return 1 / vocab_size
+        h = ngram[:-1]
+        shorter = p(ngram[1:])
+        if n_h[h] == 0:  # a history that never occurs in the training text
+            return shorter
+        return (counts[ngram] + k_h[h] * shorter) / (n_h[h] + k_h[h])
 
-        for i, example in enumerate(examples):
-            ngram = example[-n:]
-            h = ngram[:-1]
-            if n_h[h] > 0:  # 0 if the history is new, or too short
-                shorter = probs[i]  # still that after the history without its first character
-                probs[i] = (counts[ngram] + k_h[h] * shorter) / (n_h[h] + k_h[h])
-        losses[name] = -sum(map(math.log, probs)) / len(probs)
+    losses = {}
+    for n, name in enumerate(NGRAMS):
+        logs = []
+        for window in windows:
+            for end in range(2, len(window) + 1):
+                logs.append(math.log(p(window[max(0, end - n) : end])))
+        losses[name] = -sum(logs) / len(logs)
     return losses
 
 
@@ -528,8 +530,9 @@ def count_ngrams(trainer: Trainer) -> dict[str, float]:
     """Prints and returns the losses to beat, on the windows of the validation loss."""
     tokenizer = trainer.tokenizer
     train_text = tokenizer.decode(trainer.train_ids[-MAX_COUNTED:])
-    windows = [tokenizer.decode(window) for window in trainer.eval_windows["val"]]
-    losses = ngram_losses(train_text, windows, tokenizer.vocab_size)
+    windows = evaluation_windows(trainer.val_ids, trainer.settings.context_length, EVAL_WINDOWS)
+    texts = [tokenizer.decode(window) for window in windows]
+    losses = ngram_losses(train_text, texts, tokenizer.vocab_size)
     figures = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     print(f"to beat: {figures} (counted in {len(train_text):,} characters)")
     return losses
@@ -538,31 +541,23 @@ def count_ngrams(trainer: Trainer) -> dict[str, float]:
 CONTEXT_WINDOWS = 1000  # for the losses by context
 
 
-@torch.no_grad()
-def loss_by_context(model: GPT, windows: Tensor) -> dict[int, float]:
+def loss_by_context(by_position: Tensor) -> dict[int, float]:
     """Returns the mean loss by the length of the context, {1: ..., 2: ..., 4: ...}.
 
     Entry k is that of the characters with k to 2 k - 1 characters before them in their window. It
     shows what a longer context is worth.
     """
-    model.eval()
-    losses = []  # (batch, T) each
-    for rows in windows.to(model.lm_head.weight.device).split(32):
-        logits, _ = model(rows[:, :-1])  # (batch, T, V)
-        losses.append(F.cross_entropy(logits.mT, rows[:, 1:], reduction="none"))
-    by_position = torch.cat(losses).mean(dim=0)  # (T,): with 1, 2, ..., T characters before
-
-    by_context = {}
+    losses = {}
     k = 1  # the last position alone would be too small a sample for an entry of its own
-    while k < max(2, model.config.context_length):
-        by_context[k] = by_position[k - 1 : 2 * k - 1].mean().item()
+    while k < max(2, len(by_position)):
+        losses[k] = by_position[k - 1 : 2 * k - 1].mean().item()
         k *= 2
-    return by_context
+    return losses
 
 
 def write_passage(trainer: Trainer) -> str:
     """Returns 100 characters by the model, always with the same first character and seed."""
-    first = trainer.eval_windows["val"][:1, :1].to(trainer.device)  # (1, 1)
+    first = trainer.val_ids[None, :1].to(trainer.device)  # (1, 1)
     generator = torch.Generator().manual_seed(1)
     trainer.model.eval()
     new_ids = list(trainer.model.generate(first, 99, temperature=0.8, generator=generator))
@@ -580,7 +575,7 @@ def draw_losses(trainer: Trainer, losses_to_beat: dict[str, float]) -> None:
     for part in ("train", "val"):
         losses = [row[f"{part}_loss"] for row in trainer.log]
         axes.plot(steps, losses, ".-", label=f"{part} loss")
-    for name in ("bigram", "trigram", "4-gram", "5-gram"):  # the others are far above
+    for name in NGRAMS[2:]:  # the others are far above
         loss = losses_to_beat[name]
         axes.axhline(loss, color="gray", linestyle="--")
         axes.text(steps[-1], loss, name, ha="right", va="bottom")
@@ -604,11 +599,7 @@ class Report:
         self.trainer = trainer
         self.tracker = None
         self.tracker_name = choose_tracker(trainer.settings.tracker)
-        self.print_start()
-        self.losses_to_beat = count_ngrams(trainer)
 
-    def print_start(self) -> None:
-        trainer = self.trainer
         characters = len(trainer.train_ids) + len(trainer.val_ids)
         parameters = trainer.model.count_parameters()
         charts = COMMANDS.get(self.tracker_name, "none")
@@ -617,6 +608,7 @@ class Report:
             f"{trainer.device} in {trainer.precision}; charts: {charts}; "
             f"starting at step {trainer.step}"
         )
+        self.losses_to_beat = count_ngrams(trainer)
 
     def add(self, row: Row) -> None:
         # First the picture: a Ctrl-C while matplotlib draws can be lost, and a user who reads the
@@ -633,49 +625,45 @@ class Report:
         )
         passage = write_passage(self.trainer)
         print_notice(f"    {' '.join(passage.split())}")
-        self.attempt(self.track, row, passage)
+        self.track(row, passage)
 
-    def attempt(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Calls a function that uses the tracker, if there is one."""
+    def track(self, row: Row, passage: str) -> None:
+        """Sends an evaluation, and if it is the first of a resumed run, those before it too."""
         if self.tracker_name == "none":
             return
         try:
-            function(*arguments)
+            rows = [row]
+            if self.tracker is None:
+                self.tracker = make_tracker(self.tracker_name, self.trainer.settings)
+                rows = self.trainer.log or [row]
+            for row in rows:
+                self.tracker.add_scalar("train_loss", row["train_loss"], row["step"])
+                self.tracker.add_scalar("val_loss", row["val_loss"], row["step"])
+            self.tracker.add_text("passage", passage, row["step"])
+            if row["step"] == self.trainer.settings.steps:
+                self.tracker.close()
         except (Exception, SystemExit) as error:  # a tracker can raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             print_notice(f"{self.tracker_name} failed ({reason}); training goes on without charts")
             self.tracker_name = "none"
 
-    def track(self, row: Row, passage: str) -> None:
-        """Sends an evaluation, and if it is the first of a resumed run, those before it too."""
-        rows = [row]
-        if self.tracker is None:
-            self.tracker = make_tracker(self.tracker_name, self.trainer.settings)
-            rows = self.trainer.log or [row]
-        for row in rows:
-            self.tracker.add_scalar("train_loss", row["train_loss"], row["step"])
-            self.tracker.add_scalar("val_loss", row["val_loss"], row["step"])
-        self.tracker.add_text("passage", passage, self.trainer.step)
-
-    def close(self) -> None:
-        if self.tracker is not None:
-            self.attempt(self.tracker.close)
-
     def print_end(self) -> None:
-        """Says what the model has learned, and what comes next."""
+        """Says what the best model has learned, and what comes next."""
         trainer = self.trainer
-        T = trainer.settings.context_length
-        windows = evaluation_windows(trainer.val_ids, T, CONTEXT_WINDOWS)
-        losses = loss_by_context(trainer.model, windows)
+        path = trainer.settings.model
+        if not path.exists():  # it was moved before the run was resumed
+            return
+        best = load_content(path)
+        trainer.model.load_state_dict(best["weights"])
+        losses = loss_by_context(trainer.losses_by_position(trainer.val_ids, CONTEXT_WINDOWS))
         figures = ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items())
         print(f"by context: {figures}")
 
-        best = min(trainer.log, key=lambda row: row["val_loss"])
-        path = trainer.settings.model
+        row = best["metadata"]
         flag = "" if path == MODEL_PATH else f' --model "{path}"'
         print_notice(
-            f"{path} is the model of step {best['step']}, with a validation loss of "
-            f"{best['val_loss']:.4f}\n"
+            f"{path} is the model of step {row['step']}, with a validation loss of "
+            f"{row['val_loss']:.4f}\n"
             f"next: python inference.py{flag}, or python show_params.py{flag}"
         )
 
@@ -705,7 +693,7 @@ def make_tracker(name: str, settings: Settings) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     folder = re.sub(r"[^\w=.-]+", "_", run_name)[:200]
-    return SummaryWriter(ROOT / "runs" / folder)
+    return SummaryWriter(ROOT / "runs" / folder, flush_secs=1)  # a stopped run does not close it
 
 
 class AimWriter:
@@ -734,13 +722,10 @@ class AimWriter:
 
 def check_outputs(settings: Settings) -> None:
     """Raises InputError if a file cannot be written, or is not one of an earlier run."""
-    # Make a file, so that a read-only folder or too long a name is an error now.
-    folder = settings.model.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.NamedTemporaryFile(dir=folder, prefix=settings.checkpoint.name).close()
-    except OSError as error:
-        raise InputError(f"--model {settings.model} cannot be written: {error.strerror}") from error
+    # Write a file, so that a read-only folder or too long a name is an error now.
+    probe = settings.checkpoint.with_suffix(".tmp")
+    write_file(probe, b"")
+    probe.unlink(missing_ok=True)
 
     for path in (settings.model, settings.checkpoint):
         if path.exists():
@@ -760,7 +745,7 @@ def save(trainer: Trainer) -> None:
 
     row = trainer.log[-1]
     lowest = min(row["val_loss"] for row in trainer.log)
-    if row["val_loss"] == lowest or not settings.model.exists():
+    if row["val_loss"] == lowest:
         save_model(settings.model, trainer.model, trainer.tokenizer, **row)
     save_model(
         settings.checkpoint,
@@ -777,11 +762,12 @@ def save(trainer: Trainer) -> None:
 def resume(trainer: Trainer) -> None:
     """Continues from the checkpoint. Raises InputError if it is of a run with another text."""
     path = trainer.settings.checkpoint
-    model, _, saved = load_model(path)
+    content = load_content(path)
+    saved = content["metadata"]
     if saved["text_digest"] != trainer.text_digest:
         raise InputError(f"{path} is of a run with another text: start a new one without --resume")
 
-    trainer.model.load_state_dict(model.state_dict())
+    trainer.model.load_state_dict(content["weights"])
     for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
         # The rest, such as the weight decay, is from the current settings.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
@@ -797,6 +783,7 @@ def main() -> None:
     try:
         run(parse_arguments())
     except KeyboardInterrupt:
+        print_notice("stopped; --resume continues from the last evaluation that was saved")
         sys.exit(130)  # as a shell reports an end by Ctrl-C
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory: raise --accumulate, or take a smaller batch or model")
@@ -821,19 +808,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What a resumed run must have in common with the run that it continues
-FIXED = (
-    "batch_size",
-    "context_length",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "optimizer",
-    "val_fraction",
-    "seed",
-)
-
-
 def parse_arguments() -> Settings:
     """Returns the settings. With --resume, those of the run are the defaults."""
     parser = make_parser()
@@ -842,25 +816,26 @@ def parse_arguments() -> Settings:
     if not file_name.endswith(".pth") or file_name.endswith(".train.pth"):
         parser.error(f"--model {arguments.model} must end with .pth, and not with .train.pth")
 
-    checkpoint = Settings(model=arguments.model).checkpoint
+    saved = {}
     if arguments.resume:
+        checkpoint = Settings(model=arguments.model).checkpoint
         saved = load_content(checkpoint)["metadata"].get("settings", {})
         if saved.keys() != vars(arguments).keys():
             raise InputError(f"{checkpoint} was made by another version of train.py")
         saved["model"] = arguments.model
         parser.set_defaults(**saved)
         arguments = parser.parse_args()
-        for name in FIXED:
-            if getattr(arguments, name) != saved[name]:
-                parser.error(f"{flag_name(name)} must stay {saved[name]} in a resumed run")
 
     for f in fields(Settings):
+        flag = flag_name(f.name)
+        value = getattr(arguments, f.name)
         minimum = f.metadata.get("minimum", -math.inf)
         maximum = f.metadata.get("maximum", math.inf)
-        value = getattr(arguments, f.name)
         if f.type in (int, float) and not minimum <= value <= maximum:
             upper_limit = f" and at most {maximum:g}" if maximum < math.inf else ""
-            parser.error(f"{flag_name(f.name)} must be at least {minimum:g}{upper_limit}")
+            parser.error(f"{flag} must be at least {minimum:g}{upper_limit}")
+        if f.metadata.get("fixed") and value != saved.get(f.name, value):
+            parser.error(f"{flag} must stay {saved[f.name]} in a resumed run")
     return Settings(**vars(arguments))
 
 
@@ -877,15 +852,7 @@ def run(settings: Settings) -> None:
         resume(trainer)
 
     report = Report(trainer) if rank == 0 else None
-    try:
-        train(trainer, report)
-    except KeyboardInterrupt:
-        if report and trainer.log:
-            print_notice("stopped; with --resume this run continues from its last evaluation")
-        raise
-    finally:
-        if report:
-            report.close()
+    train(trainer, report)
     if report:
         report.print_end()
 
