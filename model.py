@@ -9,9 +9,9 @@ vector take from itself and those before it, and feed-forward transforms each ve
 last layer turns each vector into the scores.
 
 The architecture is GPT-2's: the decoder of "Attention Is All You Need", without the encoder and
-the cross-attention to it, and with the norms in front (pre-norm). The function differs from GPT-2's
-in two things: positions are encoded by fixed sines and cosines instead of learned vectors, and the
-output layer has weights of its own.
+the cross-attention to it, and with the norms in front (pre-norm). Without dropout, the function
+differs from GPT-2's in two things: positions are encoded by fixed sines and cosines instead of
+learned vectors, and the output layer has weights of its own.
 
 Papers, as cited below:
 

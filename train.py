@@ -142,8 +142,8 @@ def split_text(ids: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     window = settings.context_length + 1  # with the character that follows
     if min(val_length, len(ids) - val_length) < window:
         raise InputError(
-            f"{settings.data} is too short: of its {len(ids)} characters, {val_length} are held "
-            f"out, and both parts must have {window}"
+            f"{settings.data} is too short: it has {len(ids)} characters, and {val_length} of them "
+            f"are held out; each part needs at least {window}"
         )
     return ids[:-val_length], ids[-val_length:]
 
@@ -760,12 +760,12 @@ def save(trainer: Trainer) -> None:
 
 
 def resume(trainer: Trainer) -> None:
-    """Continues from the checkpoint. Raises InputError if it is of a run with another text."""
+    """Continues from the checkpoint. Raises InputError if its run was on another text."""
     path = trainer.settings.checkpoint
     content = load_content(path)
     saved = content["metadata"]
     if saved["text_digest"] != trainer.text_digest:
-        raise InputError(f"{path} is of a run with another text: start a new one without --resume")
+        raise InputError(f"{path} comes from a run on another text: leave out --resume")
 
     trainer.model.load_state_dict(content["weights"])
     for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):

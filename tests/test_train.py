@@ -96,7 +96,7 @@ def test_the_end_of_a_text_is_held_out_if_both_parts_have_a_window(project):
             assert len(val_ids) == val_length
             assert torch.cat([train_ids, val_ids]).tolist() == list(range(length))
         else:
-            with pytest.raises(InputError, match=rf"of its {length} characters"):
+            with pytest.raises(InputError, match=f"it has {length} characters"):
                 split_text(torch.arange(length), settings)
 
 
@@ -425,7 +425,7 @@ def test_a_run_is_not_resumed_with_another_model_or_text_or_version_of_the_code(
         done = project.train("--resume", flag, status=2)
         assert re.search(rf"{name} must stay . in a resumed run", done.stderr)
     project.text_file.write_text(project.text[::-1], encoding="utf-8")
-    assert "of a run with another text" in project.train("--resume", status=1).stderr
+    assert "from a run on another text" in project.train("--resume", status=1).stderr
     project.model.rename(project.checkpoint)  # has no settings
     assert "another version of train.py" in project.train("--resume", status=1).stderr
 
@@ -563,7 +563,7 @@ def test_the_losses_by_context_are_means_over_windows_and_positions(project):
     assert loss_by_context(by_position) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_text_of_one_different_character_and_a_context_of_one_work(project):
+def test_a_text_of_one_distinct_character_and_a_context_of_one_work(project):
     project.text_file.write_text("a" * 500, encoding="utf-8")
     done = project.train("--context-length=1")
     assert len(evaluations(done.stdout)) == 3
@@ -875,8 +875,8 @@ def test_what_cannot_be_used_is_found_before_training(project, flag, reason):
 
 
 WRONG_TEXTS = {
-    "empty": (b"", "of its 0 characters"),
-    "one character": (b"a", "of its 1 characters"),
+    "empty": (b"", "it has 0 characters"),
+    "one character": (b"a", "it has 1 characters"),
     "bad byte": (b"ab \xff" * 500, "0xff in position 3"),
     "UTF-16": (b"\xff\xfea\x00b\x00" * 200, "not UTF-8"),
 }
