@@ -199,18 +199,17 @@ def run(args: argparse.Namespace) -> None:
     if args.all:
         wanted = [*args.ids, *catalogue]
 
-    # A book that is already there is known by the number at the beginning of its name.
-    present = {path.stem.split("-")[0] for path in args.output.glob("*.txt")}
-    names = {}
+    names = {}  # of those that are not there yet
     for number in wanted:
-        if str(number) not in present:
-            row = catalogue.get(number, {"title": ""})  # not all books are in the catalogue
-            names[number] = file_name(number, row["title"])
+        row = catalogue.get(number, {"title": ""})  # not all books are in the catalogue
+        name = file_name(number, row["title"])
+        if not (args.output / name).exists():
+            names[number] = name
 
     failed = download(names, args.mirror.rstrip("/"), args.output)
     if failed:
-        raise DownloadError(f"{failed} of {len(names)} books failed; run the command again")
-    print(f"{len(names)} books downloaded to {args.output}", file=sys.stderr)
+        raise DownloadError(f"{failed} of {len(names)} book(s) failed; run the command again")
+    print(f"{len(names)} book(s) downloaded to {args.output}", file=sys.stderr)
 
     command = "bash bin/concatenate.sh"
     if args.output != BOOKS:

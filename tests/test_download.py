@@ -142,7 +142,7 @@ def test_by_default_the_core_is_downloaded_and_with_all_the_whole_catalogue(
     wanted = [number for number in catalogue if flags or catalogue[number]["core"] == "1"]
     folder.mkdir()
     for number in wanted[:-3]:
-        (folder / f"{number}-here.txt").touch()
+        (folder / script.file_name(number, catalogue[number]["title"])).touch()
     server.books = dict.fromkeys(wanted, make_file())
     assert run(*flags).error is None
     assert server.requests == wanted[-3:]
@@ -157,7 +157,7 @@ def test_numbers_are_downloaded_whether_the_catalogue_has_them_or_not(run, serve
 
 def test_after_a_failure_the_same_command_downloads_only_what_is_missing(run, server):
     server.books = {900001: make_file()}
-    assert run(900001, 900002).error.startswith("error: 1 of 2 books failed")
+    assert run(900001, 900002).error.startswith("error: 1 of 2 book(s) failed")
     server.books[900002] = make_file()
     server.requests.clear()
     assert run(900001, 900002).error is None
@@ -212,7 +212,7 @@ def test_after_five_failures_in_a_row_it_gives_up_and_says_what_to_do(run, serve
 
 def test_it_goes_on_while_some_books_arrive(run, server):
     server.books = dict.fromkeys(MANY[::5], make_file())
-    assert run(*MANY).error.startswith("error: 16 of 20 books failed")
+    assert run(*MANY).error.startswith("error: 16 of 20 book(s) failed")
     assert server.requests == list(MANY)
 
 
@@ -325,7 +325,7 @@ def test_ctrl_c_is_answered_by_one_line(run, monkeypatch):
 def test_at_the_end_it_says_what_comes_next(run, server, folder):
     server.books = {900001: make_file()}
     *_, count, next_command = run(900001).lines
-    assert count == f"1 books downloaded to {folder}"
+    assert count == f"1 book(s) downloaded to {folder}"
     assert next_command == f"next: bash bin/concatenate.sh '{folder}'"
 
 
