@@ -142,7 +142,7 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
     """Returns `(T, S)`, True where a query may use a key, for the last T characters of S.
 
-    The query is of a character that looks, the key of one that is looked at (see `Attention`).
+    A query belongs to a character that looks, a key to one that is looked at (see `Attention`).
 
     The last query belongs to the last character and may use every key; the query before it may
     use all keys but the last, and so on. In training T = S, as on the left. On the right, the first
