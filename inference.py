@@ -70,16 +70,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0: always the likeliest; higher: varied")
     add("--top-k", type=int, help="draw only from the k likeliest characters")
     add("--top-p", type=float, help="draw only from the likeliest that together reach p")
-    add("--stop", type=compose, help="end a text after this has been written")
+    add("--stop", type=compose, help="end a text once it ends with this")
     add("--seed", type=int, help="makes the texts the same each time")
     add("--num-samples", type=int, default=1, help="texts to write, with a blank line between")
     add("--device", default="auto", help="cpu, cuda or mps; auto is a GPU if there is one")
     add("--attention", type=Path, metavar="FILE.png", help="draw what each head looks at")
-    add_one = parser.add_mutually_exclusive_group().add_argument
-    add_one("--interactive", action="store_true", help="continue each line of standard input")
-    add_one("--score", metavar="TEXT", help="show how likely each character of TEXT is")
+    add_exclusive = parser.add_mutually_exclusive_group().add_argument
+    add_exclusive("--interactive", action="store_true", help="continue each line of standard input")
+    add_exclusive("--score", metavar="TEXT", help="show how likely each character of TEXT is")
 
     args = parser.parse_args()
+    if args.max_new_tokens < 0:
+        parser.error("--max-new-tokens must be at least 0")
     if not args.temperature >= 0:  # also if it is nan
         parser.error("--temperature must be at least 0")
     if args.top_k is not None and args.top_k < 1:
@@ -106,26 +108,26 @@ def encode(model: GPT, tokenizer: CharTokenizer, text: str) -> Tensor:
 
 def complete(model: GPT, tokenizer: CharTokenizer, text: str, args: argparse.Namespace) -> None:
     """Prints the first continuation while it is generated, then the others of the same batch."""
-    # The model has to read something: the first known character is the line break in most texts.
+    # The model has to read something. In most texts the first known character is the line break.
     ids = encode(model, tokenizer, text or tokenizer.characters[0])  # (T,)
     ids = ids.expand(args.num_samples, -1)  # (B, T)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     new_ids = model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 
-    def is_finished(continuation: str) -> bool:
-        return bool(args.stop) and continuation.endswith(args.stop)
-
     continuations = [""] * args.num_samples
+    is_finished = [False] * args.num_samples
     print(text, end="", flush=True)
     for next_ids in new_ids:  # (B,)
         for i, character in enumerate(tokenizer.decode(next_ids)):
-            if is_finished(continuations[i]):
+            if is_finished[i]:
                 continue
             continuations[i] += character
             if i == 0:
                 print(character, end="", flush=True)
-        if all(map(is_finished, continuations)):
+            if args.stop:
+                is_finished[i] = continuations[i].endswith(args.stop)
+        if all(is_finished):
             break
     print()
 

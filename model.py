@@ -670,4 +670,4 @@ def use_utf8() -> None:
     """Makes the output UTF-8, also in a file on Windows, and writes each line at once."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook has streams of another kind
-            stream.reconfigure(encoding="utf-8", line_buffering=True)
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)

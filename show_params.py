@@ -16,7 +16,7 @@ MEANINGS = {
     "norm.bias": "shifts each channel of a vector after it was normalized",
     "attention.qkv.weight": "computes a query, a key and a value from each vector",
     "attention.qkv.bias": "is added to the queries, keys and values",
-    "attention.output.weight": "mixes what the heads have found",
+    "attention.output.weight": "mixes what the heads found",
     "attention.output.bias": "is added to the mixture",
     "feed_forward.expand.weight": "detects 4 C patterns in each vector of C channels",
     "feed_forward.expand.bias": "sets how easily each pattern is detected",
@@ -71,7 +71,9 @@ def show_settings(model: GPT, tokenizer: CharTokenizer, metadata: dict[str, Any]
     print()
     for name, value in asdict(model.config).items():
         print(f"{name}: {value}")
-    print(f"step: {metadata.get('step')}")
+    for name in ("step", "val_loss"):
+        if name in metadata:
+            print(f"{name}: {metadata[name]}")
     print(f"known characters: {tokenizer.describe()}")
 
 

@@ -42,6 +42,7 @@ from model import (
     InputError,
     find_device,
     load_content,
+    load_model,
     read_text,
     save_model,
     use_utf8,
@@ -57,7 +58,10 @@ Row = dict[str, float]  # of the log: the step and the losses of an evaluation
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """A field: its help, perhaps limits, and whether a resumed run must have the same value."""
+    """Makes a field of `Settings`.
+
+    Limits are a minimum, a maximum, choices, and `fixed`, if a resumed run must keep the value.
+    """
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -185,7 +189,10 @@ class Trainer:
         # The micro-batch: the windows that this process computes at once
         parts = world * settings.accumulate
         if settings.batch_size % parts > 0:
-            raise InputError("--batch-size must be a multiple of processes x --accumulate")
+            raise InputError(
+                f"--batch-size {settings.batch_size} must be a multiple of {parts}: "
+                "processes x --accumulate"
+            )
         self.micro_batch_size = settings.batch_size // parts
 
         # The text
@@ -211,13 +218,13 @@ class Trainer:
 
         # The state of the run
         self.step = 0  # steps done
-        self.log: list[Row] = []  # an evaluation each, but for the one before the first step
+        self.log: list[Row] = []  # a row for each evaluation but the one before the first step
 
     def make_seed(self, *numbers: int) -> int:
-        """Makes a new seed of the run's seed and, for example, the step.
+        """Derives a seed from the run's seed and other numbers, such as the step.
 
-        All randomness depends on the seed, the epoch or the step, and the process alone: a resumed
-        run draws what the uninterrupted one would have drawn.
+        Every draw depends only on the seed, the epoch or the step, and the process: a resumed run
+        draws what the uninterrupted one would have drawn.
         """
         numbers = (self.settings.seed, *numbers)
         digest = hashlib.sha256(repr(numbers).encode()).hexdigest()
@@ -306,7 +313,7 @@ class Trainer:
         for part, ids in (("train", self.train_ids), ("val", self.val_ids)):
             row[f"{part}_loss"] = self.losses_by_position(ids, EVAL_WINDOWS).mean().item()
         if not math.isfinite(row["val_loss"]):
-            raise FloatingPointError(f"step {self.step}: the loss diverged: lower --learning-rate")
+            raise FloatingPointError(f"loss diverged at step {self.step}: lower --learning-rate")
         return row
 
     @torch.no_grad()
@@ -403,7 +410,7 @@ class Muon(torch.optim.Optimizer):
         directions = []
         for p in params:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = p.grad.clone()
+                self.state[p]["momentum_buffer"] = p.grad.clone()  # the average of one
             average = self.state[p]["momentum_buffer"]
             average.lerp_(p.grad, 1 - momentum)  # momentum * average + (1 - momentum) * gradient
             directions.append(p.grad.lerp(average, momentum))
@@ -469,7 +476,7 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
     if settings.optimizer == "muon":
         for_matrices = Muon(groups)
     else:
-        for_matrices = torch.optim.AdamW(groups, betas=betas, fused=True)
+        for_matrices = torch.optim.AdamW(groups, betas=betas, fused=True)  # ignores `stacked`
     for_others = torch.optim.AdamW(others, betas=betas, weight_decay=0.0, fused=True)
     return [for_matrices, for_others]
 
@@ -526,8 +533,8 @@ def ngram_losses(train_text: str, windows: list[str], vocab_size: int) -> dict[s
     return losses
 
 
-def count_ngrams(trainer: Trainer) -> dict[str, float]:
-    """Prints and returns the losses to beat, on the windows of the validation loss."""
+def print_losses_to_beat(trainer: Trainer) -> dict[str, float]:
+    """Prints and returns what counting achieves on the windows of the validation loss."""
     tokenizer = trainer.tokenizer
     train_text = tokenizer.decode(trainer.train_ids[-MAX_COUNTED:])
     windows = evaluation_windows(trainer.val_ids, trainer.settings.context_length, EVAL_WINDOWS)
@@ -548,8 +555,8 @@ def loss_by_context(by_position: Tensor) -> dict[int, float]:
     shows what a longer context is worth.
     """
     losses = {}
-    k = 1  # the last position alone would be too small a sample for an entry of its own
-    while k < max(2, len(by_position)):
+    k = 1
+    while k < max(2, len(by_position)):  # the last position alone is too small a sample
         losses[k] = by_position[k - 1 : 2 * k - 1].mean().item()
         k *= 2
     return losses
@@ -592,7 +599,7 @@ def draw_losses(trainer: Trainer, losses_to_beat: dict[str, float]) -> None:
 class Report:
     """Prints each evaluation, draws the losses beside the model, and sends them to a tracker.
 
-    A picture or a tracker that fails is one line, and training goes on.
+    A picture or a tracker that fails does not end training.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -606,9 +613,9 @@ class Report:
         print_notice(
             f"{trainer.settings.data}: {characters:,} characters; {parameters:,} parameters; "
             f"{trainer.device} in {trainer.precision}; charts: {charts}; "
-            f"starting at step {trainer.step}"
+            f"starting at step {trainer.step} of {trainer.settings.steps}"
         )
-        self.losses_to_beat = count_ngrams(trainer)
+        self.losses_to_beat = print_losses_to_beat(trainer)
 
     def add(self, row: Row) -> None:
         # First the picture: a Ctrl-C while matplotlib draws can be lost, and a user who reads the
@@ -636,9 +643,9 @@ class Report:
             if self.tracker is None:
                 self.tracker = make_tracker(self.tracker_name, self.trainer.settings)
                 rows = self.trainer.log or [row]
-            for row in rows:
-                self.tracker.add_scalar("train_loss", row["train_loss"], row["step"])
-                self.tracker.add_scalar("val_loss", row["val_loss"], row["step"])
+            for r in rows:
+                self.tracker.add_scalar("train_loss", r["train_loss"], r["step"])
+                self.tracker.add_scalar("val_loss", r["val_loss"], r["step"])
             self.tracker.add_text("passage", passage, row["step"])
             if row["step"] == self.trainer.settings.steps:
                 self.tracker.close()
@@ -721,11 +728,11 @@ class AimWriter:
 
 
 def check_outputs(settings: Settings) -> None:
-    """Raises InputError if a file cannot be written, or is not one of an earlier run."""
+    """Raises InputError if a file cannot be written, or is not one that train.py wrote."""
     # Write a file, so that a read-only folder or too long a name is an error now.
-    probe = settings.checkpoint.with_suffix(".tmp")
+    probe = settings.checkpoint.with_suffix(f".{os.getpid()}.tmp")
     write_file(probe, b"")
-    probe.unlink(missing_ok=True)
+    probe.unlink()
 
     for path in (settings.model, settings.checkpoint):
         if path.exists():
@@ -762,12 +769,11 @@ def save(trainer: Trainer) -> None:
 def resume(trainer: Trainer) -> None:
     """Continues from the checkpoint. Raises InputError if its run was on another text."""
     path = trainer.settings.checkpoint
-    content = load_content(path)
-    saved = content["metadata"]
+    model, _, saved = load_model(path)
     if saved["text_digest"] != trainer.text_digest:
         raise InputError(f"{path} comes from a run on another text: leave out --resume")
 
-    trainer.model.load_state_dict(content["weights"])
+    trainer.model.load_state_dict(model.state_dict())
     for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
         # The rest, such as the weight decay, is from the current settings.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
@@ -775,7 +781,7 @@ def resume(trainer: Trainer) -> None:
     trainer.log = saved["log"]
 
 
-# ---- Starting --------------------------------------------------------------------------
+# ---- The command line and the machine --------------------------------------------------
 
 
 def main() -> None:
@@ -783,10 +789,9 @@ def main() -> None:
     try:
         run(parse_arguments())
     except KeyboardInterrupt:
-        print_notice("stopped; --resume continues from the last evaluation that was saved")
         sys.exit(130)  # as a shell reports an end by Ctrl-C
     except torch.OutOfMemoryError:
-        sys.exit("error: out of memory: raise --accumulate, or take a smaller batch or model")
+        sys.exit("error: out of memory: raise --accumulate, or use a smaller batch or model")
     except (InputError, FloatingPointError, BrokenPipeError) as error:
         sys.exit(f"error: {error}")
 
@@ -852,7 +857,15 @@ def run(settings: Settings) -> None:
         resume(trainer)
 
     report = Report(trainer) if rank == 0 else None
-    train(trainer, report)
+    try:
+        train(trainer, report)
+    except KeyboardInterrupt:
+        advice = "nothing of this run is saved yet"
+        if trainer.log:
+            advice = "the same command with --resume continues from the last evaluation"
+        if report:
+            print_notice(f"stopped; {advice}")
+        raise
     if report:
         report.print_end()
 

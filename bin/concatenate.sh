@@ -20,7 +20,7 @@ if [ -d "$output" ]; then
     exit 1
 fi
 
-# Texts of your own come first, by name, and then the downloaded books, by number.
+# In the order of the numbers that names begin with, then of the names. No number counts as 0.
 books=()
 while IFS= read -r name; do
     book=$folder/$name
@@ -50,6 +50,8 @@ if [ ${#books[@]} -eq 0 ]; then
 fi
 
 # The output gets its name only when it is complete.
+temporary=$output.$$.part
+trap 'rm -f "$temporary"' EXIT
 awk '
     FNR == 1 && NR > 1 { print "" }  # the blank line between two books
     {
@@ -58,7 +60,7 @@ awk '
         gsub(/\r/, "\n")  # the line ends of old Macs
         print  # with the line end that the last line of a book may lack
     }
-' "${books[@]}" >"$output.part"
-mv -f "$output.part" "$output"
+' "${books[@]}" >"$temporary"
+mv -f "$temporary" "$output"
 
 printf '%s: %d book(s)\nnext: python train.py --data %q\n' "$output" ${#books[@]} "$output" >&2

@@ -30,7 +30,7 @@ SECOND_MIRROR = "https://aleph.pglaf.org"
 HEADERS = {"User-Agent": f"scifi-gpt-download (requests/{requests.__version__})"}
 PAUSE = 2.0  # seconds between two requests, as Project Gutenberg asks of programs
 TIMEOUT = 30  # seconds without an answer, after which a request has failed
-PATIENCE = 5  # failures in a row, after which the run ends
+PATIENCE = 5  # failures in a row that end the run
 
 
 class DownloadError(Exception):
@@ -41,7 +41,7 @@ class DownloadError(Exception):
 
 
 def decode(data: bytes) -> str:
-    """Return the text of a file, with LF line ends."""
+    """Returns the text of a file, with LF line ends."""
     # Text in another encoding is practically never valid UTF-8. Windows-1252 has the printable
     # characters of ASCII and Latin-1, which Project Gutenberg's older files use.
     try:
@@ -91,7 +91,7 @@ FOOTER = re.compile(
 
 
 def extract_book(text: str) -> str:
-    """Return the text between the markers of a file, without what volunteers added to it."""
+    """Returns the text between the markers of a file, without what volunteers added to it."""
     match = BOOK.match(text)
     if match is None:
         raise DownloadError("it has no START and END markers: not a book, or cut short")
@@ -109,13 +109,13 @@ def extract_book(text: str) -> str:
 
 
 def read_catalogue() -> dict[int, dict[str, str]]:
-    """Return the rows of the catalogue (title, author, core) by number."""
+    """Returns the rows of the catalogue (title, author, core) by number."""
     with open(CATALOGUE, encoding="utf-8", newline="") as file:
         return {int(row["id"]): row for row in csv.DictReader(file)}
 
 
 def print_list(catalogue: dict[int, dict[str, str]], word: str) -> None:
-    """Print the books of the catalogue whose title or author contains a word."""
+    """Prints the books of the catalogue whose title or author contains a word."""
     for number, row in catalogue.items():
         title = row["title"]
         author = row["author"]
@@ -125,7 +125,7 @@ def print_list(catalogue: dict[int, dict[str, str]], word: str) -> None:
 
 
 def file_name(number: int, title: str) -> str:
-    """Return, for example, "35-the-time-machine.txt"."""
+    """Returns, for example, "35-the-time-machine.txt"."""
     words = re.findall(r"\w+", title.lower())
     return "-".join([str(number), *words])[:60] + ".txt"
 
@@ -140,7 +140,7 @@ GIVE_UP = (
 
 
 def download(names: dict[int, str], mirror: str, folder: Path) -> int:
-    """Download books, given as names of files by number, and return how many failed."""
+    """Downloads books and returns how many failed. `names` has a file name for each number."""
     failed = 0
     failed_in_a_row = 0
     folder.mkdir(parents=True, exist_ok=True)
