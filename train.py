@@ -93,8 +93,6 @@ class Settings:
         "muon", "for the blocks' matrices", choices=("muon", "adamw"), fixed=True
     )
     learning_rate: float = setting(0.02, "the peak learning rate; for adamw try 0.007", minimum=0)
-    # Muon's update is equally large however noisy its average of gradients is. The first averages
-    # are the noisiest, so the rate begins low.
     warmup_steps: int = setting(20, "steps in which the learning rate rises", minimum=0)
     weight_decay: float = setting(0.4, "how strongly the matrices are pulled to zero", minimum=0)
     # The norm falls from 1.3 to about 0.5 in 100 steps: later, only an unusual batch is clipped.
@@ -297,8 +295,9 @@ class Trainer:
     def get_learning_rate(self, step: int) -> float:
         """Returns the rate of a step, the first of which is step 0.
 
-        It rises while the optimizers' averages fill, and falls linearly to nearly zero over the
-        run: with ever smaller steps, the noise of the batches averages out.
+        It begins low: Muon's update is equally large however noisy its average of gradients is,
+        and the first averages are the noisiest. It falls linearly to nearly zero over the run: with
+        ever smaller steps, the noise of the batches averages out.
         """
         settings = self.settings
         warmup = min(1, (step + 1) / (settings.warmup_steps + 1))

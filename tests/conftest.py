@@ -6,6 +6,7 @@ import os
 import random
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ from model import find_device
 # Two threads, here and in the scripts that the tests start: the losses depend on it, slightly.
 os.environ["OMP_NUM_THREADS"] = "2"
 torch.set_num_threads(2)
+
+# In the background of a shell Ctrl-C is ignored, also by the scripts that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = "the ship a star we went far into night and light of old moons 'Come!' she said; slowly."
 
