@@ -117,8 +117,8 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
     Attention adds up vectors, and a sum is the same in any order. So each character's vector
     gets a second one added that depends on its position alone.
 
-    Each pair of channels is where the tip of a clock's hand is. The first hand turns once in 2 pi
-    characters, each following one more slowly, the last once in up to 2 pi 10000. Fast hands tell
+    Each pair of channels is where the tip of a clock's hand is. The first hand turns once in 2 pi =
+    6.3 characters, each following one more slowly, the last once in up to 62,832. Fast hands tell
     neighbors apart, slow ones distant positions. The number 10000 is [Vaswani]'s: large enough
     that no two positions of any usual context look the same.
 
@@ -126,8 +126,9 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
     by a fixed angle: sin(a + b) is cos(b) sin(a) + sin(b) cos(a). A rotation is a linear
     function, the same at every position, so a linear layer can learn it. A query can hold its
     own position with each hand turned back by three characters, and a key its position as it
-    is. Each pair of hands adds the cosine of the angle between them to the dot product, which is
-    therefore largest for the character three places back, where all angles are 0.
+    is. Each hand of the query and the same hand of the key add the cosine of the angle between
+    them to the dot product, which is therefore largest for the character three places back,
+    where all these angles are 0.
     """
     position = torch.arange(context_length)[:, None]  # (T, 1)
     channel = torch.arange(0, n_embd, 2, dtype=torch.double)  # (C / 2,): 0, 2, 4, ...
@@ -146,7 +147,7 @@ def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
 
     The last query belongs to the last character and may use every key; the query before it may
     use all keys but the last, and so on. In training T = S, as on the left. On the right, the first
-    of three characters was read before. (Generation, section 7, reads one more at a time: T = 1.)
+    of three characters was read before. (In generation, T = 1 after the prompt.)
 
         T = S = 3           T = 2, S = 3
 
@@ -327,7 +328,7 @@ class GPT(nn.Module):
         self.register_buffer("positions", positions, persistent=False)  # a constant, not saved
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
-        # During training, x grows from block to block: this norm brings it back to one size.
+        # In a trained model x grows from block to block: this norm brings it back to one size.
         self.final_norm = nn.LayerNorm(C)
         # The scores of the characters. GPT-2 ties this layer to the embedding: both use one tensor
         # of weights. That saves V C parameters, tens of millions with GPT-2's vocabulary but 1.5 %

@@ -424,10 +424,9 @@ class Muon(torch.optim.Optimizer):
 
         x = orthogonalize(x)
 
-        # Give every column norm 1. In both matrices of feed-forward, now that the tall one is
-        # transposed, a column belongs to a hidden channel: so no channel moves faster than another.
-        # (NorMuon does this for the rows of each matrix, the outputs of its layer, with running
-        # averages.)
+        # Give every column norm 1, so that no channel moves faster than another. A column belongs
+        # to an input channel, and in the tall matrix of feed-forward, now transposed, to an output
+        # channel. (NorMuon does this for the rows of each matrix, with running averages.)
         x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
 
         # An element of such a column is about 1 / sqrt(rows). Scale it to 0.2, about the size of
