@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", type=Path, default=MODEL_PATH, help="the file that train.py has saved")
     add("--prompt", default=prompt, help="what the text begins with")
     add("--max-new-tokens", type=int, default=500, help="characters to add")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest; higher: varied")
+    add("--temperature", type=float, default=0.8, help="0 always picks the likeliest")
     add("--top-k", type=int, help="draw only from the k likeliest characters")
     add("--top-p", type=float, help="draw only from the likeliest that together reach p")
     add("--stop", type=compose, help="end a text once it ends with this")
@@ -82,12 +82,14 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.max_new_tokens < 0:
         parser.error("--max-new-tokens must be at least 0")
-    if not args.temperature >= 0:  # also if it is nan
-        parser.error("--temperature must be at least 0")
+    if not (args.temperature == 0 or args.temperature >= 1e-9):  # also if it is nan
+        parser.error("--temperature must be 0 or at least 1e-9")
     if args.top_k is not None and args.top_k < 1:
         parser.error("--top-k must be at least 1")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        parser.error("--seed must be at least 0 and less than 2^63")
     if args.num_samples < 1:
         parser.error("--num-samples must be at least 1")
     return args

@@ -101,7 +101,7 @@ class CharTokenizer:
 
 
 def visible(character: str) -> str:
-    """Returns a text that stands for a character, such as "\\n" for a line break."""
+    """Returns a printable name for a character, such as "\\n" for a line break."""
     return "space" if character == " " else repr(character)[1:-1]
 
 
@@ -117,10 +117,10 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
     Attention adds up vectors, and a sum is the same in any order. So each character's vector
     gets a second one added that depends on its position alone.
 
-    Each pair of channels is where the tip of a clock's hand is. The first hand turns once in 2 pi =
-    6.3 characters, each following one more slowly, the last once in up to 62,832. Fast hands tell
-    neighbors apart, slow ones distant positions. The number 10000 is [Vaswani]'s: large enough
-    that no two positions of any usual context look the same.
+    Each pair of channels is the position of the tip of a clock's hand. The first hand makes one
+    turn in 2 pi = 6.3 characters; each later hand is slower, and the last takes up to 62,832. Fast
+    hands tell neighbors apart, slow ones distant positions. The number 10000 is [Vaswani]'s: large
+    enough that no two positions of any usual context look the same.
 
     Why a sine and a cosine? Together they make a step of k characters a rotation of each hand
     by a fixed angle: sin(a + b) is cos(b) sin(a) + sin(b) cos(a). A rotation is a linear
@@ -214,8 +214,8 @@ class MultiHeadAttention(nn.Module):
 
     One attention gives each character one mixture of the values. With several heads it can, for
     example, take one value from the last character and another from the last space. Every head
-    reads all C channels, and makes D = C / H new ones. Heads differ in their weights alone: these
-    begin at random, and training drives them apart.
+    reads all C channels, and makes D = C / H new ones. Heads differ only in their weights, which
+    begin at random; training drives them apart.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -491,8 +491,9 @@ def sample(
 
     Args:
         logits: `(B, V)`, the scores of the characters.
-        temperature: divides the scores. Two characters whose scores differ by 1 are 2.7 to 1 at
-            a temperature of 1, 7.4 to 1 at 0.5 and 1.6 to 1 at 2. At 0 the likeliest is taken.
+        temperature: divides the scores. Two characters whose scores differ by 1 have odds of 2.7
+            to 1 at a temperature of 1, 7.4 to 1 at 0.5 and 1.6 to 1 at 2. At 0 the likeliest is
+            taken.
         top_k: if given, only the k likeliest characters are drawn.
         top_p: if given, only the likeliest characters that together have this probability, at
             this temperature, are drawn.
@@ -513,7 +514,7 @@ def sample(
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Sets all but the k highest scores of each text to -inf, a probability of 0."""
+    """Sets the scores below the k-th highest of each text to -inf, a probability of 0."""
     highest, _ = logits.topk(min(k, logits.size(-1)))  # (B, k), in descending order
     return logits.masked_fill(logits < highest[:, -1:], -math.inf)
 

@@ -60,7 +60,8 @@ Row = dict[str, float]  # of the log: the step and the losses of an evaluation
 def setting(default: Any, help: str, **limits: Any) -> Any:
     """Makes a field of `Settings`.
 
-    Limits are a minimum, a maximum, choices, and `fixed`, if a resumed run must keep the value.
+    `limits` may hold a `minimum`, a `maximum` or `choices`, and `fixed=True` for a value that a
+    resumed run must keep.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -127,6 +128,30 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """Returns the settings for a file or a tracker, which cannot hold a Path."""
         return {**vars(self), "data": str(self.data.resolve()), "model": str(self.model)}
+
+
+# ---- The loop --------------------------------------------------------------------------
+
+
+def train(trainer: "Trainer", report: "Report | None") -> None:
+    """Trains until the last step. Process 0 alone has a report, evaluates and saves."""
+    last_step = trainer.settings.steps
+    is_hidden = None if report else True  # None: tqdm shows the bar on a terminal only
+    with tqdm(total=last_step, initial=trainer.step, unit="step", disable=is_hidden) as bar:
+        if report and trainer.step == 0:
+            report.add(trainer.evaluate())  # not saved: it must not replace a trained model
+
+        while trainer.step < last_step:
+            loss = trainer.train_step()
+            bar.update()
+            if trainer.step % 10 == 0:  # not always: reading the loss waits for a GPU
+                bar.set_postfix(loss=f"{loss.item():.2f}")
+            is_due = trainer.step % trainer.settings.eval_interval == 0
+            if report and (is_due or trainer.step == last_step):
+                row = trainer.evaluate()
+                trainer.log.append(row)
+                save(trainer)
+                report.add(row)
 
 
 # ---- Text ------------------------------------------------------------------------------
@@ -293,7 +318,7 @@ class Trainer:
         return total_loss
 
     def get_learning_rate(self, step: int) -> float:
-        """Returns the rate of a step, the first of which is step 0.
+        """Returns the learning rate of a step, counting from 0.
 
         It begins low: Muon's update is equally large however noisy its average of gradients is,
         and the first averages are the noisiest. It falls linearly to nearly zero over the run: with
@@ -326,27 +351,6 @@ class Trainer:
                 logits, _ = self.model(rows[:, :-1])  # (b, T, V)
                 losses.append(F.cross_entropy(logits.mT, rows[:, 1:], reduction="none"))
         return torch.cat(losses).mean(dim=0)
-
-
-def train(trainer: Trainer, report: "Report | None") -> None:
-    """Trains until the last step. Process 0 alone has a report, evaluates and saves."""
-    last_step = trainer.settings.steps
-    is_hidden = None if report else True  # None: tqdm shows the bar on a terminal only
-    with tqdm(total=last_step, initial=trainer.step, unit="step", disable=is_hidden) as bar:
-        if report and trainer.step == 0:
-            report.add(trainer.evaluate())  # not saved: it must not replace a trained model
-
-        while trainer.step < last_step:
-            loss = trainer.train_step()
-            bar.update()
-            if trainer.step % 10 == 0:  # not always: reading the loss waits for a GPU
-                bar.set_postfix(loss=f"{loss.item():.2f}")
-            is_due = trainer.step % trainer.settings.eval_interval == 0
-            if report and (is_due or trainer.step == last_step):
-                row = trainer.evaluate()
-                trainer.log.append(row)
-                save(trainer)
-                report.add(row)
 
 
 # ---- Optimizers ------------------------------------------------------------------------
@@ -409,7 +413,7 @@ class Muon(torch.optim.Optimizer):
         directions = []
         for p in params:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = p.grad.clone()  # the average of one
+                self.state[p]["momentum_buffer"] = p.grad.clone()  # so far, one gradient
             average = self.state[p]["momentum_buffer"]
             average.lerp_(p.grad, 1 - momentum)  # momentum * average + (1 - momentum) * gradient
             directions.append(p.grad.lerp(average, momentum))
@@ -549,8 +553,8 @@ CONTEXT_WINDOWS = 1000  # for the losses by context
 def loss_by_context(by_position: Tensor) -> dict[int, float]:
     """Returns the mean loss by the length of the context, {1: ..., 2: ..., 4: ...}.
 
-    Entry k is that of the characters with k to 2 k - 1 characters before them in their window. It
-    shows what a longer context is worth.
+    Entry k covers the characters with k to 2 k - 1 others before them in their window. It shows
+    what a longer context is worth.
     """
     losses = {}
     k = 1
@@ -658,13 +662,11 @@ class Report:
         path = trainer.settings.model
         if not path.exists():  # it was moved before the run was resumed
             return
-        best = load_content(path)
-        trainer.model.load_state_dict(best["weights"])
+        trainer.model, _, row = load_model(path, trainer.device)
         losses = loss_by_context(trainer.losses_by_position(trainer.val_ids, CONTEXT_WINDOWS))
         figures = ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items())
         print(f"by context: {figures}")
 
-        row = best["metadata"]
         flag = "" if path == MODEL_PATH else f' --model "{path}"'
         print_notice(
             f"{path} is the model of step {row['step']}, with a validation loss of "

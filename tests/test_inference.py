@@ -215,7 +215,10 @@ def test_attention_is_drawn_for_the_text_or_the_prompt(trained, tmp_path, flags)
 
 # Mistakes
 
-WRONG_FLAGS = ["--temperature=nan", "--top-k=0", "--top-p=0", "--top-p=1.5", "--num-samples=0"]
+WRONG_FLAGS = [
+    *["--temperature=nan", "--temperature=1e-40", "--top-k=0", "--top-p=0", "--top-p=1.5"],
+    *["--num-samples=0", "--max-new-tokens=-1", "--seed=-1", f"--seed={2**63}"],
+]
 
 
 @pytest.mark.parametrize("flag", WRONG_FLAGS)
