@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", type=Path, default=MODEL_PATH, help="the file that train.py has saved")
     add("--prompt", default=prompt, help="what the text begins with")
     add("--max-new-tokens", type=int, default=500, help="characters to add")
-    add("--temperature", type=float, default=0.8, help="0 always picks the likeliest")
+    add("--temperature", type=float, default=0.8, help="0: the likeliest; higher: more varied")
     add("--top-k", type=int, help="draw only from the k likeliest characters")
     add("--top-p", type=float, help="draw only from the likeliest that together reach p")
     add("--stop", type=compose, help="end a text once it ends with this")

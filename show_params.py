@@ -71,9 +71,7 @@ def show_settings(model: GPT, tokenizer: CharTokenizer, metadata: dict[str, Any]
     print()
     for name, value in asdict(model.config).items():
         print(f"{name}: {value}")
-    for name in ("step", "val_loss"):
-        if name in metadata:
-            print(f"{name}: {metadata[name]}")
+    print(f"step: {metadata.get('step')}")
     print(f"known characters: {tokenizer.describe()}")
 
 
