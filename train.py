@@ -645,9 +645,9 @@ class Report:
             if self.tracker is None:
                 self.tracker = make_tracker(self.tracker_name, self.trainer.settings)
                 rows = self.trainer.log or [row]
-            for r in rows:
-                self.tracker.add_scalar("train_loss", r["train_loss"], r["step"])
-                self.tracker.add_scalar("val_loss", r["val_loss"], r["step"])
+            for unsent in rows:
+                self.tracker.add_scalar("train_loss", unsent["train_loss"], unsent["step"])
+                self.tracker.add_scalar("val_loss", unsent["val_loss"], unsent["step"])
             self.tracker.add_text("passage", passage, row["step"])
             if row["step"] == self.trainer.settings.steps:
                 self.tracker.close()
@@ -662,6 +662,7 @@ class Report:
         path = trainer.settings.model
         if not path.exists():  # it was moved before the run was resumed
             return
+        # Training is over: measure the best model, which need not be the last.
         trainer.model, _, row = load_model(path, trainer.device)
         losses = loss_by_context(trainer.losses_by_position(trainer.val_ids, CONTEXT_WINDOWS))
         figures = ", ".join(f"{k}: {loss:.2f}" for k, loss in losses.items())

@@ -20,7 +20,8 @@ if [ -d "$output" ]; then
     exit 1
 fi
 
-# In the order of the numbers that names begin with, then of the names. No number counts as 0.
+# Books are in the order of the numbers that their names begin with (none counts as 0), and then
+# of their names.
 books=()
 while IFS= read -r name; do
     book=$folder/$name

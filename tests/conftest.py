@@ -23,7 +23,7 @@ from model import find_device
 os.environ["OMP_NUM_THREADS"] = "2"
 torch.set_num_threads(2)
 
-# In the background of a shell Ctrl-C is ignored, also by the scripts that the tests start.
+# A shell starts background jobs with Ctrl-C ignored, and the scripts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = "the ship a star we went far into night and light of old moons 'Come!' she said; slowly."

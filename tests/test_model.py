@@ -222,7 +222,6 @@ def test_to_a_new_model_all_characters_are_about_equally_likely():
     assert loss.item() == pytest.approx(math.log(90), rel=0.05)
 
 
-@torch.no_grad()
 def test_each_layer_begins_with_its_size_and_those_before_a_sum_smaller_with_depth():
     model = GPT(GPTConfig(vocab_size=100, n_layer=8))
     sizes = {"token_embedding": 1.0, "qkv": 0.02, "expand": 0.02, "lm_head": 0.02}
@@ -233,6 +232,7 @@ def test_each_layer_begins_with_its_size_and_those_before_a_sum_smaller_with_dep
             assert p.std().item() == pytest.approx(sizes[layer], rel=0.1), name
 
 
+@torch.no_grad()
 def test_the_loss_is_the_mean_of_minus_log_probability():
     model, ids, targets = small_model(), random_ids(2, 5), random_ids(2, 5).flip(1)
     logits, loss = model(ids, targets)
