@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0: the likeliest; higher: more varied")
     add("--top-k", type=int, help="draw only from the k likeliest characters")
     add("--top-p", type=float, help="draw only from the likeliest that together reach p")
-    add("--stop", type=compose, help="end a text once it ends with this")
+    add("--stop", help="end a text once it ends with this")
     add("--seed", type=int, help="makes the texts the same each time")
     add("--num-samples", type=int, default=1, help="texts to write, with a blank line between")
     add("--device", default="auto", help="cpu, cuda or mps; auto is a GPU if there is one")
@@ -86,8 +86,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--temperature must be 0 or at least 1e-9")
     if args.top_k is not None and args.top_k < 1:
         parser.error("--top-k must be at least 1")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        parser.error("--top-p must be above 0 and at most 1")
+    if args.top_p is not None and not 1e-9 <= args.top_p <= 1:
+        parser.error("--top-p must be at least 1e-9 and at most 1")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         parser.error("--seed must be at least 0 and less than 2^63")
     if args.num_samples < 1:
@@ -95,47 +95,37 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def compose(text: str) -> str:
-    """Composes letters and their accents, as in the text that the model has learned from."""
-    return unicodedata.normalize("NFC", text)
-
-
 def encode(model: GPT, tokenizer: CharTokenizer, text: str) -> Tensor:
     """Returns the ids, `(T,)`, on the model's device. Raises InputError for unknown characters."""
-    return tokenizer.encode(compose(text)).to(model.lm_head.weight.device)
+    text = unicodedata.normalize("NFC", text)  # composed letters, as `read_text` makes them
+    return tokenizer.encode(text).to(model.lm_head.weight.device)
 
 
 # ---- Generating ------------------------------------------------------------------------
 
 
 def complete(model: GPT, tokenizer: CharTokenizer, text: str, args: argparse.Namespace) -> None:
-    """Prints the first continuation while it is generated, then the others of the same batch."""
+    """Prints the continuations of a text while they are generated."""
     # The model has to read something. In most texts the first known character is the line break.
     ids = encode(model, tokenizer, text or tokenizer.characters[0])  # (T,)
-    ids = ids.expand(args.num_samples, -1)  # (B, T)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    new_ids = model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 
-    continuations = [""] * args.num_samples
-    is_finished = [False] * args.num_samples
-    print(text, end="", flush=True)
-    for next_ids in new_ids:  # (B,)
-        for i, character in enumerate(tokenizer.decode(next_ids)):
-            if is_finished[i]:
-                continue
-            continuations[i] += character
-            if i == 0:
-                print(character, end="", flush=True)
-            if args.stop:
-                is_finished[i] = continuations[i].endswith(args.stop)
-        if all(is_finished):
-            break
-    print()
-
-    for continuation in continuations[1:]:
+    for i in range(args.num_samples):
+        if i > 0:
+            print()
+        print(text, end="", flush=True)
+        continuation = ""
+        new_ids = model.generate(
+            ids[None], args.max_new_tokens, args.temperature, args.top_k, args.top_p
+        )
+        for next_id in new_ids:  # (1,)
+            character = tokenizer.decode(next_id)
+            print(character, end="", flush=True)
+            continuation += character
+            if args.stop and continuation.endswith(args.stop):
+                break
         print()
-        print(text + continuation)
 
 
 def complete_lines(model: GPT, tokenizer: CharTokenizer, args: argparse.Namespace) -> None:
@@ -177,7 +167,7 @@ def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
 
     loss = sum(losses) / len(losses)
     bits = loss / math.log(2)
-    # As uncertain as a choice among that many equally likely characters.
+    # The model is as uncertain as in a choice among this many equally likely characters.
     perplexity = math.exp(loss)
     print(
         f"loss {loss:.3f} nats, {bits:.2f} bits/char, "
@@ -189,16 +179,15 @@ def show_score(model: GPT, tokenizer: CharTokenizer, text: str) -> None:
 def read_logits(model: GPT, ids: Tensor) -> Tensor:
     """Computes the scores of what follows each character of a text, `(T,)` to `(T, V)`.
 
-    A text that is longer than the context is read in windows that overlap by half, so that after
-    the first window the model sees at least half a context before each character. With a context
-    of 8 the windows are the characters 0 to 7, then 4 to 11, of which 8 to 11 are new, and so on.
+    A text longer than the context is read in windows that overlap by half: with a context of 8,
+    the characters 0 to 7, then 4 to 11, of which 8 to 11 are new, and so on.
     """
     context_length = model.config.context_length
     step = max(1, context_length // 2)
     logits, _ = model(ids[None, :context_length])
     parts = [logits[0]]
-    for end in range(context_length + step, len(ids) + step, step):
-        window = ids[None, end - context_length : end]  # the last one may be shorter
+    for start in range(step, len(ids) - context_length + step, step):
+        window = ids[None, start : start + context_length]  # the last one may be shorter
         logits, _ = model(window)
         parts.append(logits[0, context_length - step :])  # of the characters not read before
     return torch.cat(parts)
