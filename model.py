@@ -1,12 +1,12 @@
 """A GPT-2 style, character-level language model, from scratch. Read it from top to bottom.
 
 The model reads a text and gives, at each position, a score to every character that could come
-next. To write, draw a character by these scores, append it, and read again: such a model is
-called autoregressive.
+next. To write, draw a character at random, weighted by these scores, append it, and read again:
+such a model is called autoregressive.
 
-Inside, each character is a vector of C numbers. Blocks change the vectors: attention lets each
-vector take from itself and those before it, and feed-forward transforms each vector on its own. A
-last layer turns each vector into the scores.
+Inside, each character is a vector of C numbers. Each block changes the vectors twice: attention
+adds what a vector takes from itself and those before it, and feed-forward adds what it computes
+from each vector alone. A last layer turns each vector into the scores.
 
 The architecture is GPT-2's: the decoder of "Attention Is All You Need", without the encoder and
 the cross-attention to it, and with the norms in front (pre-norm). Without dropout, the function
@@ -84,20 +84,13 @@ class CharTokenizer:
         if unknown:
             raise InputError(
                 f"the character {unknown[0]!r} is not in the vocabulary of the model, "
-                f"which is: {self.describe()}"
+                "which show_params.py lists"
             )
         return torch.tensor([self.id_of[character] for character in text], dtype=torch.long)
 
     def decode(self, ids: Tensor) -> str:
         """Returns the text of ids, `(T,)`."""
         return "".join(self.characters[i] for i in ids.tolist())
-
-    def describe(self) -> str:
-        """Returns up to 100 characters of the vocabulary, with spaces between them."""
-        shown = " ".join(visible(character) for character in self.characters[:100])
-        if self.vocab_size <= 100:
-            return shown
-        return f"{shown} ... ({self.vocab_size:,} characters)"
 
 
 def visible(character: str) -> str:
@@ -119,16 +112,12 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 
     Each pair of channels is the position of the tip of a clock's hand. The first hand makes one
     turn in 2 pi = 6.3 characters; each later hand is slower, and the last takes up to 62,832. Fast
-    hands tell neighbors apart, slow ones distant positions. The number 10000 is [Vaswani]'s: large
-    enough that no two positions of any usual context look the same.
+    hands tell neighbors apart, slow ones distant positions.
 
     Why a sine and a cosine? Together they make a step of k characters a rotation of each hand
     by a fixed angle: sin(a + b) is cos(b) sin(a) + sin(b) cos(a). A rotation is a linear
-    function, the same at every position, so a linear layer can learn it. A query can hold its
-    own position with each hand turned back by three characters, and a key its position as it
-    is. Each hand of the query and the same hand of the key add the cosine of the angle between
-    them to the dot product, which is therefore largest for the character three places back,
-    where all these angles are 0.
+    function, the same at every position, so a linear layer can learn it. `Attention`
+    has an example.
     """
     position = torch.arange(context_length)[:, None]  # (T, 1)
     channel = torch.arange(0, n_embd, 2, dtype=torch.double)  # (C / 2,): 0, 2, 4, ...
@@ -140,28 +129,6 @@ def sinusoidal_encoding(context_length: int, n_embd: int) -> Tensor:
 # ---- 4 Attention -----------------------------------------------------------------------
 
 
-def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
-    """Returns `(T, S)`, True where a query may use a key, for the last T characters of S.
-
-    A query belongs to a character that looks, a key to one that is looked at (see `Attention`).
-
-    The last query belongs to the last character and may use every key; the query before it may
-    use all keys but the last, and so on. In training T = S, as on the left. On the right, the first
-    of three characters was read before. (In generation, T = 1 after the prompt.)
-
-        T = S = 3           T = 2, S = 3
-
-          1 0 0
-          1 1 0                 1 1 0
-          1 1 1                 1 1 1
-
-    In training, each position predicts the character after it, all at once, and that character
-    is in the input too, one place later. Without a mask the model would learn to copy it, and
-    would fail in generation, where it does not exist yet.
-    """
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
-
-
 class Attention(nn.Module):
     """Scaled dot-product attention, softmax(q k^T / sqrt(D)) v, [Vaswani] section 3.2.1.
 
@@ -169,6 +136,11 @@ class Attention(nn.Module):
     what it has, and a value, which is what it gives. All three are vectors of D numbers, which
     learned linear layers compute from the character's vector. The larger the dot product of a
     query and a key, the more of the value is taken.
+
+    For example, to look three characters back: a query can hold its own position with each hand of
+    `sinusoidal_encoding` turned back by three characters, and a key its position as it is. Each
+    pair of hands adds the cosine of the angle between them to the dot product, which is largest
+    for the character three places back, where all these angles are 0.
     """
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
@@ -198,15 +170,35 @@ class Attention(nn.Module):
         read, and for looking at the weights of a trained model.
         """
         if q.is_cpu and torch.is_autocast_enabled("cpu"):
-            # On a CPU the gradient of this function takes 3 to 7 times as long in bfloat16.
+            # On a CPU the gradient of this function takes 2 to 7 times as long in bfloat16.
             with torch.autocast("cpu", enabled=False):
                 return self.forward(q.float(), k.float(), v.float())
 
         T, S = q.size(-2), k.size(-2)
         if T == S:  # nothing was read before
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        # is_causal=True would take the triangle on the left of `causal_mask`'s picture for T < S.
+        # Here is_causal=True would let the first query use the first key alone.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, S, q.device))
+
+
+def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
+    """Returns `(T, S)`, True where a query may use a key, for the last T characters of S.
+
+    In training T = S, as on the left: the first character may use only itself, the last one all. On
+    the right, the first of three characters was read before. (In generation, T = 1 after the
+    prompt.)
+
+        T = S = 3           T = 2, S = 3
+
+          1 0 0
+          1 1 0                 1 1 0
+          1 1 1                 1 1 1
+
+    In training, each position predicts the character after it, all at once, and that character
+    is in the input too, one place later. Without a mask the model would learn to copy it, and
+    would fail in generation, where it does not exist yet.
+    """
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
 class MultiHeadAttention(nn.Module):
@@ -240,7 +232,7 @@ class MultiHeadAttention(nn.Module):
         # they were different texts.
         qkv = self.qkv(x)  # (B, T, 3 C)
         qkv = qkv.view(B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # of (3, B, H, T, D): (B, H, T, D) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # from (3, B, H, T, D): (B, H, T, D) each
         if cache is not None:  # only in generation
             k, v = cache.append(k, v)  # (B, H, S, D) each: those of all characters so far
 
@@ -328,7 +320,7 @@ class GPT(nn.Module):
         self.register_buffer("positions", positions, persistent=False)  # a constant, not saved
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
-        # In a trained model x grows from block to block: this norm brings it back to one size.
+        # In a trained model x grows from block to block: this norm brings it back to the same size.
         self.final_norm = nn.LayerNorm(C)
         # The scores of the characters. GPT-2 ties this layer to the embedding: both use one tensor
         # of weights. That saves V C parameters, tens of millions with GPT-2's vocabulary but 1.5 %
@@ -363,7 +355,7 @@ class GPT(nn.Module):
         Args:
             ids: `(B, T)`, texts, or with `caches` their next T characters.
             targets: `(B, T)`, the characters that really follow, if the loss is wanted.
-            caches: one for each block, with what has been read before. Only generation has them.
+            caches: one for each block, with what has been read before. Only `generate` passes them.
 
         Returns:
             The scores, called logits, `(B, T, V)`. A softmax turns them into probabilities. The
@@ -397,7 +389,7 @@ class GPT(nn.Module):
             return logits, None
 
         # Each of the B T positions is one example for a classifier with V classes. The softmax and
-        # -log of the target's probability are computed together, for accuracy.
+        # -log of the target's probability are computed together, which is more accurate.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
@@ -440,7 +432,8 @@ class GPT(nn.Module):
             # from position 0. If only one character were dropped, the position of every other
             # would change, and all would have to be read again for each new character.
             if window.size(1) > context_length:
-                window = window[:, -((context_length + 1) // 2) :]
+                half = math.ceil(context_length / 2)
+                window = window[:, -half:]
                 caches = [KVCache() for _ in self.blocks]
 
     def count_parameters(self) -> int:
@@ -459,9 +452,7 @@ class KVCache:
     """The keys and values of all characters that one block has read.
 
     Because of the mask they depend only on a character and those before it, so they never
-    change. With a cache a new character costs the work for one position, with attention to all
-    before it; without one, the work for all positions. Queries are not kept: each is used once,
-    by its own character.
+    change. Queries are not kept: each is used once, by its own character.
     """
 
     def __init__(self) -> None:
@@ -642,8 +633,6 @@ def read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except MemoryError as error:
-        raise InputError(f"{path} cannot be read: MemoryError, it is too large") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}): convert it first") from error
     return unicodedata.normalize("NFC", text)
@@ -669,7 +658,7 @@ def find_device(name: str) -> torch.device:
 
 
 def use_utf8() -> None:
-    """Makes the output UTF-8, also in a file on Windows, and writes each line at once."""
-    for stream in (sys.stdout, sys.stderr):
+    """Makes input and output UTF-8, also in a file on Windows, and writes each line at once."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook has streams of another kind
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model import GPT, MODEL_PATH, CharTokenizer, InputError, load_model, use_utf8
+from model import GPT, MODEL_PATH, CharTokenizer, InputError, load_model, use_utf8, visible
 
 # What each kind of tensor does, by the end of its name.
 MEANINGS = {
@@ -54,7 +54,7 @@ def show_parameters(model: GPT) -> None:
     width = max(len(name) for name in parameters)
     print(f"{'parameter':{width}}  {'shape':>14}  {'count':>12}  {'mean':>8}  {'std':>8}")
     for name, p in parameters.items():
-        mean, std = p.mean().item(), p.std(correction=0).item()
+        mean, std = p.mean().item(), p.std(correction=0).item()  # 0: divide by n, not n - 1
         print(f"{name:{width}}  {tuple(p.shape)!s:>14}  {p.numel():12,}  {mean:8.4f}  {std:8.4f}")
     print(f"{'total':{width}}  {'':14}  {model.count_parameters():12,}")
 
@@ -72,7 +72,7 @@ def show_settings(model: GPT, tokenizer: CharTokenizer, metadata: dict[str, Any]
     for name, value in asdict(model.config).items():
         print(f"{name}: {value}")
     print(f"step: {metadata.get('step')}")
-    print(f"known characters: {tokenizer.describe()}")
+    print("known characters:", *map(visible, tokenizer.characters))
 
 
 if __name__ == "__main__":
