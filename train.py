@@ -52,7 +52,7 @@ from model import (
 BOOKS = ROOT / "data/scifi.txt"
 SAMPLE = ROOT / "data/sample.txt"
 
-Row = dict[str, float]  # of the log: the step and the losses of an evaluation
+Row = dict[str, float]  # an entry of the log: a step, and the losses of its evaluation
 
 # ---- Settings --------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ class Settings:
     n_embd: int = setting(GPTConfig.n_embd, "channels", minimum=1, fixed=True)
     dropout: float = setting(0.0, "share of activations dropped", minimum=0, maximum=0.99)
 
-    # The optimizer of the blocks' matrices. AdamW trains the rest in any case.
+    # The optimizer. AdamW trains everything but the blocks' matrices in any case.
     optimizer: str = setting(
         "muon", "for the blocks' matrices", choices=("muon", "adamw"), fixed=True
     )
@@ -207,16 +207,16 @@ class Trainer:
         self.device = find_device(settings.device)
         self.precision = choose_precision(settings, self.device)
         is_bf16 = self.precision == "bf16"
-        # In this context matrix products are computed in bfloat16, if that is the precision.
+        # `with self.autocast:` computes matrix products in bfloat16, if that is the precision.
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
-        # The micro-batch: the windows that this process computes at once
-        parts = world * settings.accumulate
-        if settings.batch_size % parts > 0:
+        # The windows that this process computes at once
+        micro_batches = world * settings.accumulate  # in a step, of all processes
+        if settings.batch_size % micro_batches > 0:
             raise InputError(
-                f"--batch-size {settings.batch_size} must be a multiple of {parts}: "
+                f"--batch-size {settings.batch_size} must be a multiple of {micro_batches}: "
                 "processes x --accumulate"
             )
-        self.micro_batch_size = settings.batch_size // parts
+        self.micro_batch_size = settings.batch_size // micro_batches
 
         # The text
         text = read_text(settings.data)
@@ -270,12 +270,14 @@ class Trainer:
             generator = torch.Generator().manual_seed(self.make_seed(epoch))
             offset = torch.randint(spare + 1, (1,), generator=generator)
             starts.append(offset + T * torch.randperm(count, generator=generator))
-        return torch.cat(starts)[: steps * B].view(steps, B)
+        of_all_steps = torch.cat(starts)[: steps * B]  # the last epoch may be cut short
+        return of_all_steps.view(steps, B)
 
     def get_batch(self) -> Tensor:
         """Returns the windows of this step that this process computes, `(B / world, T + 1)`."""
-        own_starts = self.window_starts[self.step].chunk(self.world)[self.rank]
-        # The windows that start at each of the characters, without a copy
+        starts = self.window_starts[self.step]  # (B,)
+        own_starts = starts.chunk(self.world)[self.rank]  # the share of this process
+        # windows[i] is the window that starts at character i. `unfold` copies nothing.
         windows = self.train_ids.unfold(0, self.settings.context_length + 1, 1)  # (N, T + 1)
         return windows[own_starts].to(self.device)
 
@@ -346,7 +348,7 @@ class Trainer:
         windows = evaluation_windows(ids, self.settings.context_length, count)
         self.model.eval()
         losses = []  # (b, T) each
-        for rows in windows.to(self.device).split(self.micro_batch_size):  # as in training
+        for rows in windows.to(self.device).split(self.micro_batch_size):
             with self.autocast:  # not compiled_model, which would be compiled for each shape
                 logits, _ = self.model(rows[:, :-1])  # (b, T, V)
                 losses.append(F.cross_entropy(logits.mT, rows[:, 1:], reduction="none"))
@@ -365,8 +367,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     The exact decomposition would be slow. Each of these five Newton-Schulz steps computes a
     polynomial of the matrix, a x + b x^3 + c x^5, where x^3 stands for x x^T x. It leaves U and V
     as they are, and turns each singular value s into a s + b s^3 + c s^5. With Jordan's
-    coefficients (see `Muon`), values of at least 1/500 of the matrix's norm end between 0.68 and
-    1.2.
+    coefficients (see `Muon`), 0.1 becomes 0.34, then 0.99, 0.71, 1.11 and 0.71. All values of at
+    least 1/500 of the matrix's norm end between 0.68 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # all singular values at most 1
@@ -421,7 +423,8 @@ class Muon(torch.optim.Optimizer):
         # Take the matrices of all parameters side by side, and transpose tall ones, so that all are
         # wide or square: x x^T is then the smaller product.
         rows, columns = params[0].shape
-        x = torch.stack(directions).view(-1, rows // group["stacked"], columns)
+        x = torch.stack(directions)  # (params, rows, columns)
+        x = x.view(-1, rows // group["stacked"], columns)  # (params x stacked, ...)
         is_tall = x.size(1) > x.size(2)
         if is_tall:
             x = x.mT
@@ -504,6 +507,9 @@ def ngram_losses(train_text: str, windows: list[str], vocab_size: int) -> dict[s
     different characters that do:
 
         p(c | h) = (n(h c) + k(h) p(c | h without its first character)) / (n(h) + k(h))
+
+    If "th" is followed 10 times, by 3 different characters and 8 times by "e", p(e | th) is
+    (8 + 3 p(e | h)) / (10 + 3).
     """
     counts = Counter()  # n(h c), for histories of all lengths
     for n in range(1, len(NGRAMS)):
@@ -530,7 +536,8 @@ def ngram_losses(train_text: str, windows: list[str], vocab_size: int) -> dict[s
         logs = []
         for window in windows:
             for end in range(2, len(window) + 1):
-                logs.append(math.log(p(window[max(0, end - n) : end])))
+                ngram = window[max(0, end - n) : end]  # a character, and n - 1 before it
+                logs.append(math.log(p(ngram)))
         losses[name] = -sum(logs) / len(logs)
     return losses
 
@@ -565,7 +572,7 @@ def loss_by_context(by_position: Tensor) -> dict[int, float]:
 
 
 def write_passage(trainer: Trainer) -> str:
-    """Returns 100 characters by the model, always with the same first character and seed."""
+    """Returns 100 characters: the first of the validation part, then 99 by the model."""
     first = trainer.val_ids[None, :1].to(trainer.device)  # (1, 1)
     generator = torch.Generator().manual_seed(1)
     trainer.model.eval()
@@ -597,11 +604,14 @@ def draw_losses(trainer: Trainer, losses_to_beat: dict[str, float]) -> None:
 
 # ---- Reports ---------------------------------------------------------------------------
 
+# The commands that show the charts
+COMMANDS = {"aim": "aim up", "tensorboard": "tensorboard --logdir runs"}
+
 
 class Report:
     """Prints each evaluation, draws the losses beside the model, and sends them to a tracker.
 
-    A picture or a tracker that fails does not end training.
+    A picture that cannot be written, or a tracker that fails, does not end training.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -680,10 +690,6 @@ def print_notice(message: str) -> None:
     tqdm.write(message, file=sys.stderr)  # above the progress bar, if there is one
 
 
-# The commands that show the charts
-COMMANDS = {"aim": "aim up", "tensorboard": "tensorboard --logdir runs"}
-
-
 def choose_tracker(name: str) -> str:
     """Returns the name of the tracker; for "auto" the first that is installed, or "none"."""
     if name != "auto":
@@ -752,7 +758,7 @@ def save(trainer: Trainer) -> None:
         settings.checkpoint.unlink(missing_ok=True)
 
     row = trainer.log[-1]
-    lowest = min(row["val_loss"] for row in trainer.log)
+    lowest = min(earlier["val_loss"] for earlier in trainer.log)
     if row["val_loss"] == lowest:
         save_model(settings.model, trainer.model, trainer.tokenizer, **row)
     save_model(
@@ -829,7 +835,7 @@ def parse_arguments() -> Settings:
         if saved.keys() != vars(arguments).keys():
             raise InputError(f"{checkpoint} was made by another version of train.py")
         saved["model"] = arguments.model
-        parser.set_defaults(**saved)
+        parser.set_defaults(**saved)  # for the flags that are not given now
         arguments = parser.parse_args()
 
     for f in fields(Settings):
@@ -862,7 +868,7 @@ def run(settings: Settings) -> None:
         train(trainer, report)
     except KeyboardInterrupt:
         advice = "nothing of this run is saved yet"
-        if trainer.log:
+        if trainer.log and settings.checkpoint.exists():
             advice = "the same command with --resume continues from the last evaluation"
         if report:
             print_notice(f"stopped; {advice}")
@@ -873,7 +879,7 @@ def run(settings: Settings) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
-        os._exit(0)  # a thread of the process group may still run, and would abort sys.exit
+        os._exit(0)  # a thread of the process group may still run, and could make sys.exit abort
 
 
 def join_processes(settings: Settings) -> tuple[int, int]:
