@@ -12,7 +12,7 @@ export LC_ALL=C     # the same order everywhere; the tools treat text as bytes
 
 data=$(CDPATH='' cd "$(dirname "$0")/../data" && pwd)
 folder=${1:-$data/books}
-[[ $folder == /* ]] || folder=./$folder # or awk would take the path a=b/c.txt as an assignment
+[[ $folder == /* ]] || folder=./$folder # otherwise awk takes a=b/c.txt as an assignment
 output=${2:-$data/scifi.txt}
 
 if [ -d "$output" ]; then

@@ -58,7 +58,7 @@ START = r"\*{3} ?START OF TH(?:E|IS) PROJECT GUTENBERG.{0,300}?\*{3}"
 END = r"\*{3} ?END OF TH(?:E|IS) PROJECT GUTENBERG"
 BOOK = re.compile(f".*{START}(.*?){END}", re.DOTALL)
 
-# What volunteers write into a book, each as paragraphs of its own. At the beginning stands who
+# What volunteers write into a book, in paragraphs of their own. At the beginning they say who
 # made the file: "Produced by Andrew Sly", "This Project Gutenberg Etext was prepared by ..."
 CREDITS = re.compile(
     r"""\A (?: \s*
@@ -76,7 +76,7 @@ BRACKETED_NOTE = re.compile(
 )
 
 # A note without brackets, perhaps in a frame of + - | or *: it extends to the end of the book if
-# that is near, and else is one paragraph.
+# that is at most 2,000 characters away, and is otherwise one paragraph.
 NOTE = re.compile(
     r"""(?<!\S\n) ^ [+|*=_\ -]* \n? [|_\ ]* Transcriber\S{0,3}\ Notes?\b \W*
     (?: .{0,2000} \Z | .*? (?: \n\s*\n | \s*\Z ) )""",
