@@ -6,6 +6,9 @@
 
 Each field of `Settings` is also a flag: `batch_size` is `--batch-size`. Results go to standard
 output, everything else to standard error.
+
+To see how the model learns, read down to `make_optimizers`; what follows measures, reports, saves
+and starts the run.
 """
 
 import argparse
@@ -486,7 +489,7 @@ def make_optimizers(model: GPT, settings: Settings) -> list[torch.optim.Optimize
     return [for_matrices, for_others]
 
 
-# That is how the model learns. What follows measures, reports, saves and starts the run.
+# That is how the model learns. The rest is not needed to understand it.
 
 # ---- What counting can do, and what the model has learned ------------------------------
 
