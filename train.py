@@ -7,8 +7,8 @@
 Each field of `Settings` is also a flag: `batch_size` is `--batch-size`. Results go to standard
 output, everything else to standard error.
 
-To see how the model learns, read down to `make_optimizers`; what follows measures, reports, saves
-and starts the run.
+To see how the model learns, read model.py first, which defines the sizes B, T, C and V, and then
+this file down to `make_optimizers`. What follows measures, reports, saves and starts the run.
 """
 
 import argparse
@@ -92,14 +92,14 @@ class Settings:
     n_embd: int = setting(GPTConfig.n_embd, "channels", minimum=1, fixed=True)
     dropout: float = setting(0.0, "share of activations dropped", minimum=0, maximum=0.99)
 
-    # The optimizer. AdamW trains everything but the blocks' matrices in any case.
+    # The optimizer of the blocks' matrices. AdamW always trains everything else.
     optimizer: str = setting(
         "muon", "for the blocks' matrices", choices=("muon", "adamw"), fixed=True
     )
     learning_rate: float = setting(0.02, "the peak learning rate; for adamw try 0.007", minimum=0)
     warmup_steps: int = setting(20, "steps in which the learning rate rises", minimum=0)
     weight_decay: float = setting(0.4, "how strongly the matrices are pulled to zero", minimum=0)
-    # The norm falls from 1.3 to about 0.5 in 100 steps: later, only an unusual batch is clipped.
+    # The norm falls from 1.3 to about 0.5 in 100 steps: then only an unusual batch is clipped.
     grad_clip: float = setting(1.0, "larger gradients are scaled down to this norm", minimum=1e-9)
 
     eval_interval: int = setting(100, "steps between evaluations and checkpoints", minimum=1)
@@ -137,12 +137,16 @@ class Settings:
 
 
 def train(trainer: "Trainer", report: "Report | None") -> None:
-    """Trains until the last step. Process 0 alone has a report, evaluates and saves."""
+    """Trains until the last step.
+
+    Process 0 alone has a report, evaluates and saves. The others wait for it in their next step.
+    """
     last_step = trainer.settings.steps
-    is_hidden = None if report else True  # None: tqdm shows the bar on a terminal only
-    with tqdm(total=last_step, initial=trainer.step, unit="step", disable=is_hidden) as bar:
+    disable = None if report else True  # None: tqdm shows the bar on a terminal only
+    with tqdm(total=last_step, initial=trainer.step, unit="step", disable=disable) as bar:
         if report and trainer.step == 0:
-            report.add(trainer.evaluate())  # not saved: it must not replace a trained model
+            # The untrained model is not saved: it would replace one that is trained.
+            report.add(trainer.evaluate())
 
         while trainer.step < last_step:
             loss = trainer.train_step()
@@ -188,6 +192,7 @@ def evaluation_windows(ids: Tensor, context_length: int, count: int) -> Tensor:
     predicted twice.
     """
     stride = max(context_length, (len(ids) - context_length - 1) // count)
+    # `unfold` returns the windows that start every `stride` characters, without a copy.
     return ids.unfold(0, context_length + 1, stride)[:count]
 
 
@@ -244,7 +249,7 @@ class Trainer:
 
         # The state of the run
         self.step = 0  # steps done
-        self.log: list[Row] = []  # a row for each evaluation but the one before the first step
+        self.log: list[Row] = []  # a row for each evaluation after a step
 
     def make_seed(self, *numbers: int) -> int:
         """Derives a seed from the run's seed and other numbers, such as the step.
@@ -262,10 +267,11 @@ class Trainer:
         Each epoch cuts the training part into windows and reads each of them once, in random order.
         On the sample, the validation loss is 0.018 lower than with windows from random places.
         """
-        # One window fewer than fits, so that the first can start at a random offset.
         T = self.settings.context_length
-        count = max(1, (len(self.train_ids) - 1) // T - 1)  # windows in an epoch
-        spare = len(self.train_ids) - 1 - count * T  # characters
+        inputs = len(self.train_ids) - 1  # the last character is only a target
+        # One window fewer than fits, so that the first can start at a random offset.
+        count = max(1, inputs // T - 1)  # windows in an epoch
+        spare = inputs - count * T  # characters
 
         steps, B = self.settings.steps, self.settings.batch_size
         starts = []
@@ -273,14 +279,14 @@ class Trainer:
             generator = torch.Generator().manual_seed(self.make_seed(epoch))
             offset = torch.randint(spare + 1, (1,), generator=generator)
             starts.append(offset + T * torch.randperm(count, generator=generator))
-        of_all_steps = torch.cat(starts)[: steps * B]  # the last epoch may be cut short
-        return of_all_steps.view(steps, B)
+        starts_of_run = torch.cat(starts)[: steps * B]  # the last epoch may be cut short
+        return starts_of_run.view(steps, B)
 
     def get_batch(self) -> Tensor:
         """Returns the windows of this step that this process computes, `(B / world, T + 1)`."""
         starts = self.window_starts[self.step]  # (B,)
         own_starts = starts.chunk(self.world)[self.rank]  # the share of this process
-        # windows[i] is the window that starts at character i. `unfold` copies nothing.
+        # windows[i] is the window that starts at character i.
         windows = self.train_ids.unfold(0, self.settings.context_length + 1, 1)  # (N, T + 1)
         return windows[own_starts].to(self.device)
 
@@ -292,10 +298,11 @@ class Trainer:
 
         # Compute the gradients. `backward` adds those of each micro-batch to `p.grad`.
         total_loss = torch.zeros((), device=self.device)
-        for rows in batch.split(self.micro_batch_size):
+        for micro_batch in batch.split(self.micro_batch_size):  # (b, T + 1)
+            # The target of each character is the one after it: T predictions a window.
+            inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
             with self.autocast:
-                # The target of each character is the one after it: T predictions a window.
-                _, loss = self.compiled_model(rows[:, :-1], rows[:, 1:])
+                _, loss = self.compiled_model(inputs, targets)
             loss = loss / self.settings.accumulate  # so that the sum is the mean of the batch
             loss.backward()
             total_loss += loss.detach()
@@ -351,10 +358,12 @@ class Trainer:
         windows = evaluation_windows(ids, self.settings.context_length, count)
         self.model.eval()
         losses = []  # (b, T) each
-        for rows in windows.to(self.device).split(self.micro_batch_size):
+        for micro_batch in windows.to(self.device).split(self.micro_batch_size):  # (b, T + 1)
+            inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]
             with self.autocast:  # not compiled_model, which would be compiled for each shape
-                logits, _ = self.model(rows[:, :-1])  # (b, T, V)
-                losses.append(F.cross_entropy(logits.mT, rows[:, 1:], reduction="none"))
+                logits, _ = self.model(inputs)  # (b, T, V)
+                scores = logits.mT  # (b, V, T): cross_entropy wants the classes second
+                losses.append(F.cross_entropy(scores, targets, reduction="none"))
         return torch.cat(losses).mean(dim=0)
 
 
@@ -385,22 +394,24 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: for the matrices inside a network.
+    """Moves a matrix equally far in all directions: for the matrices inside a network.
 
-    A gradient is dominated by a few directions, so that plain momentum hardly moves a matrix in
-    the others. Orthogonalizing the momentum makes the update equally large in all of them.
+    Momentum is an average of the past gradients, in which their noise cancels. It is dominated by
+    a few directions, so that a step along it hardly moves the matrix in the others.
+    Orthogonalizing it makes all directions equally strong.
 
     From Jordan, 2024, https://kellerjordan.github.io/posts/muon, with the scale of Liu et al.,
-    2025, section 2.2, https://arxiv.org/abs/2502.16982, and an idea of Li et al., 2025
-    (NorMuon), https://arxiv.org/abs/2510.05491. `torch.optim.Muon` takes 40 times as long on a CPU
-    that does not compute in bfloat16.
+    2025, section 2.2, https://arxiv.org/abs/2502.16982, and columns of equal norm, after Li et
+    al., 2025 (NorMuon), https://arxiv.org/abs/2510.05491. `torch.optim.Muon` takes 40 times as
+    long on a CPU that does not compute in bfloat16.
 
-    The parameters of a group have one shape, and are computed side by side. `stacked` matrices
-    stand one above the other in each, such as those for queries, keys and values: each of them is
-    orthogonalized alone.
+    The parameters of a group have one shape, and are computed side by side. Each holds `stacked`
+    matrices, one above the other: 3 for queries, keys and values. Each of these is orthogonalized
+    alone.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
+        # `Trainer.train_step` sets the learning rate, lr, before each step.
         defaults = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "stacked": 1}
         super().__init__(groups, defaults)
 
@@ -445,6 +456,7 @@ class Muon(torch.optim.Optimizer):
 
         if is_tall:
             x = x.mT
+        # Weight decay makes each weight a little smaller. Then the weights move.
         for p, change in zip(params, x.reshape(-1, rows, columns), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.sub_(change, alpha=group["lr"])
@@ -525,7 +537,10 @@ def ngram_losses(train_text: str, windows: list[str], vocab_size: int) -> dict[s
         k_h[h] += 1
 
     def p(ngram: str) -> float:
-        """Returns p(c | h), where `ngram` is h and then c; with neither, that of "uniform"."""
+        """Returns p(c | h), where `ngram` is h and then c.
+
+        For an empty `ngram`, this is the probability of any character: all are equally likely.
+        """
         if not ngram:
             return 1 / vocab_size
         h = ngram[:-1]
