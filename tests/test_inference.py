@@ -97,11 +97,11 @@ def test_text_appears_at_once_and_a_reader_that_leaves_ends_it_quietly(trained):
         assert process.stderr.read() == b""
 
 
-def test_the_output_is_utf_8_whatever_the_locale(project):
+def test_input_and_output_are_utf_8_whatever_the_locale(project):
     save_model(project.model, random_model(16, vocab_size=3), CharTokenizer("Ж中🪐"))
-    command = project.command("inference.py", "--prompt=中", "--device=cpu")
+    command = project.command("inference.py", "--interactive", "--device=cpu")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    output = subprocess.check_output(command, env=environment)
+    output = subprocess.check_output(command, env=environment, input="中\n".encode())
     assert set(output.decode("utf-8").strip()) == set("Ж中🪐")
 
 
