@@ -97,6 +97,7 @@ def test_a_failure_keeps_the_old_output(books):
     result = subprocess.run(["bash", "-c", command, SCRIPT], cwd=books.parent, capture_output=True)
     assert result.returncode != 0
     assert (books.parent / "all.text").read_text() == "old"
+    assert sorted(path.name for path in books.parent.iterdir()) == ["all.text", "my books"]
 
 
 def test_by_default_it_joins_the_books_of_the_project_from_any_working_directory(tmp_path):

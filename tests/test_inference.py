@@ -14,7 +14,7 @@ from conftest import Project, posix_only
 from torch import nn
 
 from inference import attention_weights, prompt, read_logits
-from model import GPT, CharTokenizer, GPTConfig, load_model, save_model
+from model import GPT, CharTokenizer, GPTConfig, load_model, save_model, visible
 
 ENDLESS = f"--max-new-tokens={10**6}"
 
@@ -51,8 +51,8 @@ def test_it_continues_the_prompt_in_the_script_by_500_characters(project):
 
 def test_the_same_seed_gives_the_same_text(trained):
     flags = ["--prompt=a star", "--max-new-tokens=40"]
-    text = generate(trained, *flags, "--seed=4")
-    assert generate(trained, *flags, "--seed=4") == text
+    text = generate(trained, *flags, "--seed=0")
+    assert generate(trained, *flags, "--seed=0") == text
     assert generate(trained, *flags, "--seed=5") != text
     assert generate(trained, *flags) != generate(trained, *flags)
 
@@ -163,7 +163,9 @@ def test_a_score_is_the_loss_of_the_model(trained):
         assert float(bits) == pytest.approx(-math.log2(p), abs=0.01)
         assert [name.split(" ")[0].replace("space", " ") for name in likeliest] == best
     assert len(rows) == len(text) - 1
-    assert following.startswith("next: ")
+    last = model(ids[None])[0][0, -1]
+    names = [name.split(" ")[0] for name in following.removeprefix("next: ").split("  ")]
+    assert names == [visible(tokenizer.characters[j]) for j in last.topk(5).indices]
     nats = loss.item()
     assert total == (
         f"loss {nats:.3f} nats, {nats / math.log(2):.2f} bits/char, "
@@ -233,6 +235,7 @@ WRONG_INPUT = {
     "--prompt=the #": "'#' is not in the vocabulary of the model, which show_params.py lists",
     "--score=a": "at least two characters",
     "--attention=a.png --score=weweweweweweweweweweweee": "draws 1 to 16 characters, and not 24",
+    "--attention=a.png --prompt=": "draws 1 to 16 characters, and not 0",
     "--attention=none/a.png --score=we": "none/a.png",
     "--attention=a.txt --score=we": "txt",
 }

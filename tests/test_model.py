@@ -62,11 +62,6 @@ def random_ids(*shape: int, vocab_size: int = 11) -> Tensor:
 # 1 Configuration, 2 Text and ids, 3 Positions
 
 
-def test_heads_that_do_not_divide_the_channels_are_refused():
-    with pytest.raises(InputError, match=r"n_embd \(128\) must be a multiple of n_head \(3\)"):
-        GPTConfig(vocab_size=11, n_embd=128, n_head=3)
-
-
 def test_decode_inverts_encode_and_the_ids_are_positions_in_the_sorted_vocabulary():
     text = "A star.\r\n\t 中文科幻 👩‍🚀 e\u0301 \x00\ud800\U0010ffff"
     tokenizer = CharTokenizer.from_text(text)
@@ -74,11 +69,6 @@ def test_decode_inverts_encode_and_the_ids_are_positions_in_the_sorted_vocabular
     assert ids.tolist() == [sorted(set(text)).index(character) for character in text]
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode("").dtype == torch.long
-
-
-def test_an_unknown_character_is_named():
-    with pytest.raises(InputError, match="the character '🪐' is not in the vocabulary"):
-        CharTokenizer("ac").encode("aac🪐")
 
 
 @pytest.mark.parametrize("channels", [1, 64])
@@ -155,13 +145,18 @@ def test_a_block_is_torchs_encoder_layer_with_the_same_weights():
     torch.testing.assert_close(block(x), theirs(x, src_mask=mask), atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_of_embeddings_and_of_blocks_changes_each_result_in_training_alone():
+def test_dropout_changes_embeddings_attention_and_feed_forward_in_training_alone():
     model, ids = small_model(dropout=0.5), random_ids(2, 12)
     assert torch.equal(model(ids)[0], small_model(dropout=0.0)(ids)[0])
-    for dropout in (model.dropout, model.blocks[1].dropout):
-        dropout.train()
-        assert not torch.equal(model(ids)[0], model(ids)[0])
-        dropout.eval()
+    model.dropout.train()
+    assert not torch.equal(model(ids)[0], model(ids)[0])
+
+    x = torch.randn(2, 12, 16)
+    for silent in ("attention.output", "feed_forward.contract"):
+        block = small_model(dropout=0.5).blocks[1].train()
+        for p in block.get_submodule(silent).parameters():
+            nn.init.zeros_(p)  # this half adds nothing: what changes is the other half's
+        assert not torch.equal(block(x), block(x))
 
 
 # 6 The model
@@ -504,13 +499,6 @@ def test_a_text_is_read_with_plain_line_breaks_and_composed_letters(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes("\ufeffa\r\nb\rc\nЖ中🪐 e\u0301".encode())
     assert read_text(path) == "a\nb\nc\nЖ中🪐 \u00e9"
-
-
-def test_a_file_that_is_not_utf_8_is_refused_with_its_first_bad_byte(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes(b"caf\xe9 noir")
-    with pytest.raises(InputError, match=r"text\.txt is not UTF-8.*position 3\b"):
-        read_text(path)
 
 
 @pytest.mark.parametrize("name", ["toaster", "meta"])  # meta is there, and computes nothing

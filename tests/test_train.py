@@ -157,27 +157,21 @@ def test_the_losses_to_beat_are_those_of_counting(training, windows):
 # Optimizers
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
-
-
-def nearest_orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ v
-
-
 SHAPES = [(16, 16), (64, 16), (16, 64), (5, 7)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_orthogonalizing_sets_all_singular_values_to_about_1(shape):
+def test_orthogonalizing_sets_large_and_small_singular_values_to_about_1(shape):
     torch.manual_seed(0)
-    matrices = 100 * torch.randn(3, *shape)
-    for matrix, result in zip(matrices, orthogonalize(matrices), strict=True):
-        singular_values = torch.linalg.svdvals(result)
-        assert singular_values.min() > 0.3
-        assert singular_values.max() < 1.3
-        assert cosine(result, nearest_orthogonal(matrix)) > 0.9
+    u, _, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    singular_values = torch.logspace(-2.4, 0, min(shape))
+    matrices = 100 * (u * singular_values) @ v
+    assert singular_values.min() < singular_values.norm() / 200
+    results = orthogonalize(matrices)
+    assert torch.linalg.svdvals(results).min() > 0.67
+    assert torch.linalg.svdvals(results).max() < 1.21
+    for result, nearest in zip(results, u @ v, strict=True):
+        assert F.cosine_similarity(result.flatten(), nearest.flatten(), dim=0) > 0.9
 
 
 def reference_muon(matrix: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -214,16 +208,6 @@ def test_muon_moves_each_matrix_of_its_parameters_by_the_definition(shape):
             own = slice(part * rows, (part + 1) * rows)
             expected = reference_muon(before[i][own], list(gradients[:, i, own]))
             torch.testing.assert_close(p.detach()[own], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_muon_moves_a_matrix_equally_in_all_directions_by_a_fifth_of_the_rate():
-    torch.manual_seed(0)
-    matrix = torch.nn.Parameter(torch.zeros(16, 64))
-    matrix.grad = torch.randn(16, 64)
-    Muon([{"params": [matrix], "lr": 0.5}]).step()
-    assert cosine(-matrix.detach(), nearest_orthogonal(matrix.grad)) > 0.9
-    typical_sizes = matrix.detach().square().mean(dim=0).sqrt()
-    torch.testing.assert_close(typical_sizes, torch.full_like(typical_sizes, 0.2 * 0.5))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -354,6 +338,21 @@ def test_evaluations_come_at_their_interval_and_at_the_end_once(project):
     report = StepReport()
     train.train(resume(small_settings(project, steps=10, eval_interval=3)), report)
     assert report.steps == [9, 10]
+
+
+def test_compile_trains_the_compiled_model(project, monkeypatch):
+    steps = []
+
+    def compile_model(model: torch.nn.Module) -> Callable:
+        def compiled_model(*args: torch.Tensor) -> object:
+            steps.append(args)
+            return model(*args)
+
+        return compiled_model
+
+    monkeypatch.setattr(torch, "compile", compile_model)
+    Trainer(small_settings(project, compile=True)).train_step()
+    assert len(steps) == 1
 
 
 def test_products_are_in_bf16_and_attention_and_weights_in_fp32_on_a_cpu(project):
@@ -506,9 +505,13 @@ def test_a_run_says_what_it_trains_what_to_beat_what_it_learned_and_what_comes_n
     assert f'python inference.py --model "{path}"' in done.stderr
 
     lines = done.stdout.splitlines()
-    assert re.fullmatch(
-        r"to beat: uniform \d\.\d{3}, unigram .* 5-gram .* \(counted in .* characters\)", lines[0]
-    )
+    trainer = Trainer(small_settings(project))
+    decode = trainer.tokenizer.decode
+    windows = evaluation_windows(trainer.val_ids, 16, train.EVAL_WINDOWS)
+    texts = [decode(window) for window in windows]
+    losses = ngram_losses(decode(trainer.train_ids), texts, trainer.tokenizer.vocab_size)
+    figures = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    assert lines[0] == f"to beat: {figures} (counted in {len(trainer.train_ids):,} characters)"
     assert re.fullmatch(r"by context: 1: \d+\.\d\d, 2: .*, 8: \d+\.\d\d", lines[-1])
 
 
@@ -518,20 +521,14 @@ def test_a_log_file_has_whole_lines_and_no_progress_bar(project):
 
 
 def test_two_runs_print_the_same(project):
-    first, second = [project.train("--dropout=0.1").stdout for _ in range(2)]
-    assert first == second
+    first, second = [project.train("--dropout=0.1") for _ in range(2)]
+    assert first.stdout == second.stdout
+    assert first.stderr == second.stderr  # with the passages
 
 
 def test_without_books_it_trains_on_the_sample_and_names_it(project):
     project.text_file.rename(project.directory / "data/sample.txt")
     assert "data/sample.txt: " in project.train().stderr
-
-
-def test_a_named_text_that_is_missing_is_never_replaced_by_the_sample(project):
-    sample = project.directory / "data/sample.txt"
-    project.text_file.rename(sample)
-    done = project.train(f"--data={project.text_file}", status=1)
-    assert str(project.text_file) in done.stderr
 
 
 def test_a_chinese_text_with_thousands_of_characters_is_learned(project):
@@ -567,6 +564,7 @@ def test_a_text_of_one_distinct_character_and_a_context_of_one_work(project):
     project.text_file.write_text("a" * 500, encoding="utf-8")
     done = project.train("--context-length=1")
     assert len(evaluations(done.stdout)) == 3
+    assert "by context: 1: 0.00" in done.stdout
 
 
 @pytest.mark.parametrize("flags", [[], ["--optimizer=adamw"]])
@@ -633,6 +631,7 @@ def test_an_interrupted_run_leaves_the_checkpoint_of_its_last_evaluation(project
         interrupt(process)
         process.wait(timeout=60)
         errors = stderr.read()
+    assert "Traceback" not in errors
     if interrupt is press_ctrl_c:
         assert process.returncode == 130
         assert re.search("same command with --resume continues from the last evaluation\n$", errors)
@@ -718,14 +717,15 @@ def test_a_picture_that_cannot_be_written_does_not_end_training(project, monkeyp
 class RecordingTracker:
     """A tracker that keeps what it gets, and fails where it is told to."""
 
-    def __init__(self, fails_in: str) -> None:
+    def __init__(self, fails_in: str, error: type[BaseException]) -> None:
         self.fails_in = fails_in
+        self.error = error
         self.calls = []
 
     def record(self, method: str, name: str = "", step: int = 0) -> None:
         self.calls.append((method, name, step))
         if method == self.fails_in:
-            raise OSError("no\nspace")
+            raise self.error("no\nspace")
 
     def open(self, name: str, settings: Settings) -> "RecordingTracker":
         self.record("open", name)
@@ -742,10 +742,14 @@ class RecordingTracker:
 
 
 def run_with_recorder(
-    project: Project, monkeypatch: pytest.MonkeyPatch, is_resumed: bool = False, fails_in: str = ""
+    project: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    is_resumed: bool = False,
+    fails_in: str = "",
+    error: type[BaseException] = OSError,
 ) -> list[tuple[str, str, int]]:
     """Returns what a run sends to its tracker: methods, names and steps."""
-    tracker = RecordingTracker(fails_in)
+    tracker = RecordingTracker(fails_in, error)
     monkeypatch.setattr(train, "make_tracker", tracker.open)
     train.run(small_settings(project, tracker="aim", resume=is_resumed, steps=9))
     return tracker.calls
@@ -759,12 +763,13 @@ def test_a_resumed_run_is_drawn_from_its_first_evaluation(project, monkeypatch):
     assert calls[-1][0] == "close"
 
 
+@pytest.mark.parametrize("error", [OSError, SystemExit])
 @pytest.mark.parametrize("method", ["open", "add_scalar", "add_text", "close"])
 def test_a_tracker_that_fails_is_one_line_and_training_ends_with_its_model(
-    project, monkeypatch, capsys, method
+    project, monkeypatch, capsys, method, error
 ):
-    run_with_recorder(project, monkeypatch, fails_in=method)
-    notice = "aim failed (OSError: no space); training goes on without charts"
+    run_with_recorder(project, monkeypatch, fails_in=method, error=error)
+    notice = f"aim failed ({error.__name__}: no space); training goes on without charts"
     assert capsys.readouterr().err.splitlines().count(notice) == 1
     assert load_content(project.checkpoint)["metadata"]["step"] == 9
 
@@ -878,7 +883,6 @@ WRONG_TEXTS = {
     "empty": (b"", "it has 0 characters"),
     "one character": (b"a", "it has 1 characters"),
     "bad byte": (b"ab \xff" * 500, "0xff in position 3"),
-    "UTF-16": (b"\xff\xfea\x00b\x00" * 200, "not UTF-8"),
 }
 
 
@@ -909,14 +913,21 @@ def test_a_model_of_another_model_py_can_be_replaced(project):
 # Mistakes in edited code
 
 
+MISTAKES = [
+    ("B, T, C = x.shape", "B, T = x.shape", "ValueError: too many values to unpack"),
+    (".view(B, T, 3, H, D)", ".view(B, T, 2, H, D)", "RuntimeError: shape "),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "error"), MISTAKES)
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
-def test_a_mistake_in_edited_code_shows_its_traceback(project, flags):
-    project.edit("model.py", "B, T, C = x.shape", "B, T = x.shape")
+def test_a_mistake_in_edited_code_shows_its_traceback(project, flags, right, wrong, error):
+    project.edit("model.py", right, wrong)
     with project.start_training(*flags) as process:
         _, stderr = process.communicate(timeout=240)
     assert process.returncode == 1
     assert 'model.py", line' in stderr
-    assert "too many values to unpack" in stderr
+    assert error in stderr
 
 
 @posix_only
